@@ -1,0 +1,1 @@
+"""byrote: language models that look things up instead of working them out."""
