@@ -1,0 +1,1 @@
+"""Layers: plain torch modules, tensors in and tensors out."""

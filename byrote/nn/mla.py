@@ -1,0 +1,172 @@
+"""Multi-head latent attention: the cache holds one latent and one rotary key per token, not one a head.
+
+DeepSeek-V2 section 2.1 and appendix C; DeepSeek-V3 section 2.1.1. Per token, hidden x:
+
+    c   = RMSNorm(W_DKV x)            the latent, d_c wide: keys and values of all heads
+    k_R = RoPE(W_KR x)                one rotary key, d_R wide, shared by the heads, not normalized
+    q_i = [W_UQ,i c_q ; RoPE(W_QR,i c_q)],  c_q = RMSNorm(W_DQ x), or x itself without a query latent
+    k_i = [W_UK,i c ; k_R],  v_i = W_UV,i c
+    y   = W_O [o_1 ; ... ; o_H],  o_i = sum_j softmax_j(scale q_i . k_ij) v_ij
+
+Two ways to compute the same thing (DeepSeek-V3.2-Exp appendix A):
+
+expanded  makes k_i and v_i of every head from the latents: training, and prefill of long chunks.
+absorbed  moves W_UK into the query and W_UV behind the sum, so that one "head" of H*T queries reads the
+          latents as they lie in the cache: keys [c ; k_R], values c. Decoding and short chunks.
+
+Which is cheaper follows from the multiplications per head for T queries over S cached tokens, S >> T:
+expanded S d_c (d_nope + d_v) + T S (d_nope + d_R + d_v), absorbed T S (2 d_c + d_R). Hence absorb when
+T (2 d_c - d_nope - d_v) < d_c (d_nope + d_v); at DeepSeek-V3's widths that is T <= 170.
+
+Shapes: x [B, T, d]; rotary (cos, sin) [B, T, d_R/2]; mask bool [B, 1, T, S], True where a query may look
+(a query that may look nowhere gets 0); -> [B, T, d].
+Left out: attention dropout, biases, the sqrt(d/rank) factors, which the released DeepSeek code lacks too.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byrote.nn.rope import rotate
+
+Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class MLA(nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        *,
+        eps: float = 1e-6,
+        softmax_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "kv_lora_rank": kv_lora_rank,
+            "qk_nope_head_dim": qk_nope_head_dim,
+            "qk_rope_head_dim": qk_rope_head_dim,
+            "v_head_dim": v_head_dim,
+        }
+        for field, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{field}={size}: give a positive number")
+        if qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim={qk_rope_head_dim}: give an even number, rotary dimensions go in pairs"
+            )
+        if q_lora_rank is not None and q_lora_rank < 1:
+            raise ValueError(
+                f"q_lora_rank={q_lora_rank}: give a positive number, or None for no query latent"
+            )
+        self.num_heads = num_heads
+        self.latent_dim, self.nope_dim = kv_lora_rank, qk_nope_head_dim
+        self.rope_dim, self.value_dim = qk_rope_head_dim, v_head_dim
+        query_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.softmax_scale = query_dim**-0.5 if softmax_scale is None else softmax_scale
+        # Overridable, so that a test can run either mode on any input.
+        self.absorb: bool | None = None
+
+        self.has_query_latent = q_lora_rank is not None
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, num_heads * query_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
+            self.q_a_norm = nn.RMSNorm(q_lora_rank, eps=eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, num_heads * query_dim, bias=False)
+        self.kv_a_proj = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
+        self.kv_a_norm = nn.RMSNorm(kv_lora_rank, eps=eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Attend. Without a mask: plain causal over x, which then must be all there is.
+
+        `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
+        """
+        query = self._heads(self._queries(x))
+        query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
+        query_rope = rotate(query_rope, *rotary)
+
+        latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent, rope_key = self.kv_a_norm(latent).unsqueeze(1), rotate(rope_key.unsqueeze(1), *rotary)
+        if cache is not None:
+            latent, rope_key = cache(latent, rope_key)
+        if mask is None and latent.shape[2] != x.shape[1]:
+            raise ValueError(
+                f"mask=None with {latent.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
+                "forward without a past can go without"
+            )
+
+        attend = self._absorbed if self._absorbs(x.shape[1], cache) else self._expanded
+        out = attend(query_nope, query_rope, latent, rope_key, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _absorbs(self, tokens: int, cache: Cache | None) -> bool:
+        if self.absorb is not None:
+            return self.absorb
+        expanded_dim = self.nope_dim + self.value_dim
+        cheaper = tokens * (2 * self.latent_dim - expanded_dim) < self.latent_dim * expanded_dim
+        return cache is not None and cheaper
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if not self.has_query_latent:
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, S, H * n] -> [B, H, S, n]"""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _expanded(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        key_nope, value = self._heads(self.kv_b_proj(latent.squeeze(1))).split(
+            [self.nope_dim, self.value_dim], dim=-1
+        )
+        rope_key = rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)
+        return F.scaled_dot_product_attention(
+            torch.cat((query_nope, query_rope), dim=-1),
+            torch.cat((key_nope, rope_key), dim=-1),
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+        )
+
+    def _absorbed(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        batch, _, tokens, _ = query_nope.shape
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            [self.nope_dim, self.value_dim], dim=1
+        )
+        query = torch.cat((torch.matmul(query_nope, up_key), query_rope), dim=-1)
+        latent = latent.to(query.dtype)
+        key = torch.cat((latent, rope_key.to(query.dtype)), dim=-1)
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
+        # The heads become more queries of the one key head: as grouped queries, a kernel without native ones
+        # would copy the latents H times, which this mode exists to avoid. For one token the mask broadcasts.
+        if tokens > 1:
+            mask = mask.expand(-1, self.num_heads, -1, -1).flatten(1, 2).unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(
+            query.flatten(1, 2).unsqueeze(1), key, latent, attn_mask=mask, scale=self.softmax_scale
+        )
+        mixed = mixed.view(batch, self.num_heads, tokens, self.latent_dim)
+        return torch.matmul(mixed, up_value.transpose(1, 2))

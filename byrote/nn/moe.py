@@ -1,0 +1,153 @@
+"""DeepSeekMoE: many small routed experts, a few per token, beside shared ones that see every token.
+
+2401.06066 section 3; DeepSeek-V3 eqs. 12-13 (the residual is the caller's):
+
+    y = shared(x) + sum_{i in ids(x)} gate_i expert_i(x),   expert(x) = W_down (silu(W_gate x) * (W_up x))
+
+The routed experts are two stacked parameters and one grouped matrix product each: the (token, expert)
+pairs are sorted by expert, stably, multiplied group by group, and gathered back. Everything that moves
+rows is a gather, forward and backward: fast, and no sum depends on the order in which threads arrive. The
+shared experts are one MLP, num_shared times as wide.
+
+Shapes: x [B, T, d] -> y [B, T, d], counts int64 [E], balance loss [B].
+Left out: expert parallelism, capacity and token dropping, biases.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byrote.nn.router import Router, sequence_balance_loss
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Gather(torch.autograd.Function):
+    """x[index], every row of x taken `copies` times; `back` [rows * copies] lists where each copy went.
+
+    The gradient of an index is a scatter-add, on a GPU in no fixed order; knowing `back` makes it a gather.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back).unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+
+
+class Experts(nn.Module):
+    """gate_up [E, 2w, d] (the gate's w rows first) and down [E, d, w], as released checkpoints stack them."""
+
+    def __init__(self, hidden_size: int, width: int, num_experts: int) -> None:
+        super().__init__()
+        for field, size in (("hidden_size", hidden_size), ("expert_width", width)):
+            if size < 8 or size % 8:
+                raise ValueError(
+                    f"{field}={size}: give a multiple of 8, grouped_mm wants rows of 16 bytes in bfloat16"
+                )
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        for weight in (self.gate_up, self.down):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        """x [N, d], ids and gates [N, K] -> sum_k gates_k expert_{ids_k}(x), [N, d]."""
+        top_k = ids.shape[-1]
+        experts = torch.arange(self.gate_up.shape[0], device=ids.device)
+        by_expert, order = ids.flatten().sort(stable=True)
+        position = order.argsort()  # the inverse permutation
+        ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
+
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
+        if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        rows = _Gather.apply(x, order // top_k, position, top_k)
+        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        # Weighing the w numbers before the down projection is cheaper than the d after it, and the same.
+        weight = _Gather.apply(gates.flatten().unsqueeze(-1), order, position, 1)
+        hidden = (F.silu(gate) * up * weight).to(down.dtype)
+        out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+        # This gather also makes the gradient contiguous: grouped_mm refuses the zero strides of a sum's.
+        return _Gather.apply(out, position, order, 1).unflatten(0, (-1, top_k)).sum(dim=1)
+
+    def loop(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        """The slow twin of `forward`: one expert after the other."""
+        y = torch.zeros_like(x)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, down) * gates[token, choice, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+        return y
+
+
+class MoeStats(NamedTuple):
+    counts: Tensor  # int64 [E]: alive tokens that chose each expert, for `router.record`
+    balance_loss: Tensor | None  # [B], one per sequence, unweighted; None in evaluation
+
+
+class DeepSeekMoE(nn.Module):
+    """forward(x [B, T, d], alive bool [B, T] or None) -> y [B, T, d], MoeStats.
+
+    The load and the balance loss go out as values and stay nowhere on the module, because a checkpointed
+    block runs its forward twice. The model calls `moe.router.record(stats.counts)` outside of the block. With
+    re-entrant checkpointing only the tensors of a flat tuple carry gradients, so a block returns (x, *stats).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_width: int,
+        num_experts: int,
+        top_k: int,
+        num_shared: int = 1,
+        *,
+        scores: Literal["sigmoid", "softmax"] = "sigmoid",
+        renormalize: bool = True,
+        route_scale: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+    ) -> None:
+        super().__init__()
+        if num_shared < 0:
+            raise ValueError(f"num_shared={num_shared}: give 0 for no shared experts, or a positive number")
+        self.router = Router(
+            hidden_size,
+            num_experts,
+            top_k,
+            scores=scores,
+            renormalize=renormalize,
+            route_scale=route_scale,
+            n_group=n_group,
+            topk_group=topk_group,
+        )
+        self.experts = Experts(hidden_size, expert_width, num_experts)
+        self.shared = MLP(hidden_size, num_shared * expert_width) if num_shared else None
+
+    def forward(self, x: Tensor, alive: Tensor | None = None) -> tuple[Tensor, MoeStats]:
+        ids, gates, scores = self.router(x)
+        y = self.experts(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        balance = sequence_balance_loss(scores, self.router.top_k, alive) if self.training else None
+        return y, MoeStats(self.router.load(ids, alive), balance)
