@@ -7,7 +7,7 @@
 The routed experts are two stacked parameters and one grouped matrix product each: the (token, expert)
 pairs are sorted by expert, stably, multiplied group by group, and gathered back. Everything that moves
 rows is a gather, forward and backward: fast, and no sum depends on the order in which threads arrive. The
-shared experts are one MLP, num_shared times as wide.
+shared experts are one MLP as wide as all of them together (`shared_width`).
 
 Shapes: x [B, T, d] -> y [B, T, d], counts int64 [E], balance loss [B].
 Left out: expert parallelism, capacity and token dropping, biases.
@@ -120,7 +120,7 @@ class DeepSeekMoE(nn.Module):
         expert_width: int,
         num_experts: int,
         top_k: int,
-        num_shared: int = 1,
+        shared_width: int = 0,
         *,
         scores: Literal["sigmoid", "softmax"] = "sigmoid",
         renormalize: bool = True,
@@ -129,8 +129,8 @@ class DeepSeekMoE(nn.Module):
         topk_group: int = 1,
     ) -> None:
         super().__init__()
-        if num_shared < 0:
-            raise ValueError(f"num_shared={num_shared}: give 0 for no shared experts, or a positive number")
+        if shared_width < 0:
+            raise ValueError(f"shared_width={shared_width}: give 0 for no shared experts, or a positive number")
         self.router = Router(
             hidden_size,
             num_experts,
@@ -142,7 +142,7 @@ class DeepSeekMoE(nn.Module):
             topk_group=topk_group,
         )
         self.experts = Experts(hidden_size, expert_width, num_experts)
-        self.shared = MLP(hidden_size, num_shared * expert_width) if num_shared else None
+        self.shared = MLP(hidden_size, shared_width) if shared_width else None
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> tuple[Tensor, MoeStats]:
         ids, gates, scores = self.router(x)

@@ -1,0 +1,134 @@
+"""Reading rows inside the autograd graph without a gradient the size of a table.
+
+    gather(anchor, rows, handle)       -> values [..., W]      forward; `anchor` is what autograd sees of the table
+    accumulate(gradient, rows, handle) -> zeros [1]            its backward; the gradient of the anchor
+
+The row gradients leave the graph here: they wait in the table's `Pending` until `optimizer.step` consumes them.
+There is no double backward. A `handle` is a plain integer, so that the two ops can stand in a compiled graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from byrote.tables.table import Table
+
+
+@dataclass(eq=False)
+class Pending:
+    """Row gradients that wait for the optimizer: one float32 sum a row, summed in a fixed order."""
+
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, rows: Tensor, gradient: Tensor) -> None:
+        """Add row gradients [M, W] of row ids [M] (duplicates allowed)."""
+        self.parts.append(sum_rows(rows, gradient.float()))
+
+    def drop(self) -> None:
+        self.parts.clear()
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """Unique ascending row ids [U] and their summed gradients [U, W], and forget them; None if there are none."""
+        parts, self.parts = self.parts, []
+        if not parts:
+            return None
+        rows, gradient = parts[0] if len(parts) == 1 else sum_rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        if not torch.isfinite(gradient).all():
+            bad = int((~torch.isfinite(gradient).all(dim=1)).sum())
+            raise RuntimeError(
+                f"{bad} of {rows.numel()} row gradients are not finite; no row was changed. "
+                "Lower the learning rate, or zero the gradients and skip this batch"
+            )
+        return rows, gradient
+
+
+def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the gradients [M, W] of equal row ids [M] -> ascending unique ids [U], sums [U, W].
+
+    The sort is stable and each sum runs in the order of occurrence, so equal input gives equal bits.
+    """
+    ordered, order = torch.sort(rows, stable=True)
+    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
+    offsets = F.pad(counts.cumsum(0)[:-1], (1, 0))
+    return unique, F.embedding_bag(order, gradient, offsets, mode="sum")
+
+
+@dataclass(eq=False)
+class Lookup:
+    """One table as the graph sees it: a handle, the table, and the gradients that wait for it."""
+
+    table: Table
+    pending: Pending = field(default_factory=Pending)
+    handle: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.handle = next(_handles)
+        _lookups[self.handle] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lookup:
+        return self  # a copied model shares the table, and with it what waits for the table
+
+
+_handles = itertools.count(1)
+_lookups: weakref.WeakValueDictionary[int, Lookup] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """The rows that one forward needs of one table: row ids [B, T, C] for C columns, and the way to them.
+
+    It is made at the top of a forward, handed down as an argument and kept nowhere: two forwards before one
+    backward, or a recomputed block, each hold their own row ids.
+    """
+
+    rows: Tensor
+    anchor: Tensor
+    lookup: Lookup
+
+    def wait(self) -> Tensor:
+        """The memory of every token, [B, T, C * W]: its C rows side by side. May be called again."""
+        return gather(self.anchor, self.rows, self.lookup.handle).flatten(-2)
+
+
+@torch.library.custom_op("byrote::gather", mutates_args=())
+def gather(anchor: Tensor, rows: Tensor, handle: int) -> Tensor:
+    """Rows [..., W] of row ids [...] in float32. `anchor` [1] carries no value, only the graph."""
+    return _lookups[handle].table.read(rows)
+
+
+@gather.register_fake
+def _(anchor: Tensor, rows: Tensor, handle: int) -> Tensor:
+    return rows.new_empty(*rows.shape, _lookups[handle].table.width, dtype=torch.float32)
+
+
+@torch.library.custom_op("byrote::accumulate", mutates_args=())
+def accumulate(gradient: Tensor, rows: Tensor, handle: int) -> Tensor:
+    """Leave row gradients [..., W] of row ids [...] with the table; zeros [1] for the anchor."""
+    lookup = _lookups[handle]
+    lookup.pending.add(rows.reshape(-1), gradient.reshape(-1, lookup.table.width))
+    return torch.zeros(1, device=gradient.device)
+
+
+@accumulate.register_fake
+def _(gradient: Tensor, rows: Tensor, handle: int) -> Tensor:
+    return gradient.new_empty(1, dtype=torch.float32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    _, rows, ctx.handle = inputs
+    ctx.save_for_backward(rows)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    (rows,) = ctx.saved_tensors
+    return accumulate(gradient, rows, ctx.handle), None, None
+
+
+gather.register_autograd(_backward, setup_context=_save_for_backward)

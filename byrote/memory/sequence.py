@@ -1,0 +1,71 @@
+"""Where the new tokens of a forward stand: which are alive, where documents start, what a query may see.
+
+One rule decides every boundary: a document starts where a position id is not its predecessor's plus one. The
+predecessor of a token is the last alive token before it in its row, in this call or in an earlier one; padding is
+not there at all. Memory windows, convolutions and attention all stop at a start.
+
+B rows of T new tokens; S = slots of the attention cache with the new tokens in it; slot = index in that cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_POSITION = -2  # never the predecessor of a position: a first token always starts a document
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """position_ids int64 [B, T]; alive, starts bool [B, T]; document int64 [B, T], the slot of its document's start."""
+
+    position_ids: Tensor
+    alive: Tensor
+    starts: Tensor
+    document: Tensor
+
+    @classmethod
+    def place(
+        cls, position_ids: Tensor, alive: Tensor, past: int | Tensor, last_position: Tensor, last_document: Tensor
+    ) -> Sequence:
+        """Find the starts. `past` slots are taken; last_position and last_document [B, 1] come from the decode state."""
+        steps = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+        seen = torch.where(alive, steps, -1).cummax(dim=1).values
+        before = torch.cat([seen.new_full((seen.shape[0], 1), -1), seen[:, :-1]], dim=1)
+        predecessor = torch.where(before >= 0, position_ids.gather(1, before.clamp_min(0)), last_position)
+        starts = alive & (position_ids != predecessor + 1)
+        document = torch.maximum(torch.where(starts, steps + past, -1).cummax(dim=1).values, last_document)
+        return cls(position_ids, alive, starts, document)
+
+    def mask(self, past: int | Tensor, key_alive: Tensor) -> Tensor:
+        """Attention mask bool [B, 1, T, S]: alive keys of the query's own document, not later than the query.
+
+        A query always sees itself, so that a padded one stays finite. key_alive: bool [B, S].
+        """
+        queries = (torch.arange(self.alive.shape[1], device=self.alive.device) + past)[None, :, None]
+        keys = torch.arange(key_alive.shape[1], device=self.alive.device)[None, None, :]
+        visible = (keys <= queries) & (keys >= self.document[:, :, None]) & key_alive[:, None, :]
+        return (visible | (keys == queries)).unsqueeze(1)
+
+
+def carry(tail: Tensor, columns: Tensor, alive: Tensor, starts: Tensor, empty: float) -> Tensor:
+    """What a window of the last L positions holds after these T columns: tail [B, L, ...], columns [B, T, ...].
+
+    Entries before the current document are `empty`. Dead tokens behind the last alive one (right padding) leave no
+    trace, and a row without an alive token keeps its tail: a padded row goes on as if it had not been padded.
+    """
+    length, steps = tail.shape[1], columns.shape[1]
+    segment = starts.cumsum(dim=1)
+    visible = torch.cat([(segment[:, -1:] == 0).expand(-1, length), segment == segment[:, -1:]], dim=1)
+    entries = torch.cat([tail, columns.to(tail.dtype)], dim=1)
+    entries = torch.where(_over(visible, entries), entries, torch.full_like(entries[:1, :1], empty))
+    ends = torch.where(alive, torch.arange(1, steps + 1, device=tail.device), 0).amax(dim=1)
+    index = ends[:, None] + torch.arange(length, device=tail.device)
+    return entries.gather(1, _over(index, entries).expand(-1, -1, *entries.shape[2:]))
+
+
+def _over(positions: Tensor, entries: Tensor) -> Tensor:
+    """positions [B, T] shaped to broadcast over entries [B, T, ...]."""
+    return positions.view(*positions.shape, *(1,) * (entries.dim() - 2))

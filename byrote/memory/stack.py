@@ -1,0 +1,156 @@
+"""All memories of one model: addresses once at the top of a forward, one ticket a layer.
+
+    input_ids -> canonical ids -> windows of the last N ids -> row ids of every layer -> tickets
+
+They depend on the token ids alone, so reads can start before the first block runs. The stack is a Module only for
+what belongs into a `state_dict`: the vocabulary map, and for each table an anchor and the generation it was saved at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from byrote.address.hashing import DEAD, canonical_ids, hash_windows, windows
+from byrote.address.spec import AddressSpec
+from byrote.address.vocabulary import vocabulary_digest
+from byrote.memory.lookup import Lookup, Ticket
+from byrote.memory.sequence import Sequence
+from byrote.memory.state import Field, MemoryState
+from byrote.tables.table import Table
+
+UNSET = -1
+
+
+class Memory(nn.Module):
+    """One table of a model.
+
+    `anchor` [1] is all that autograd, DDP and PEFT see of it: its `requires_grad` freezes the table, its param group
+    sets the table's rate. `generation` [1] is saved with the backbone and must equal the table's.
+    """
+
+    anchor: nn.Parameter
+    generation: Tensor
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.register_buffer("generation", torch.zeros(1, dtype=torch.int64))
+        self.lookup = Lookup(table)
+        self._checked: tuple[int, int, int] | None = None
+
+    @property
+    def table(self) -> Table:
+        return self.lookup.table
+
+    @table.setter
+    def table(self, table: Table) -> None:
+        self.lookup = Lookup(table)
+        self._checked = None
+
+    def ticket(self, rows: Tensor) -> Ticket:
+        """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
+        self._check_generation()
+        return Ticket(rows, self.anchor, self.lookup)
+
+    def commit(self) -> None:
+        """Close one step of row updates, here and in the table."""
+        self.generation.fill_(self.table.commit())
+
+    def _check_generation(self) -> None:
+        # Reading the buffer waits for the device, so it is read again only when somebody may have written it.
+        stamp = (id(self.generation), self.generation._version, self.table.generation)
+        if stamp == self._checked:
+            return
+        if int(self.generation) != self.table.generation:
+            raise RuntimeError(
+                f"the backbone was saved at generation {int(self.generation)} of its table, the table is at "
+                f"{self.table.generation}: a plain load_state_dict does not bring tables back. Load both with "
+                "from_pretrained or model.load_tables(folder); with the transformers Trainer add byrote.train.TableCallback()"
+            )
+        self._checked = stamp
+
+
+class MemoryStack(nn.Module):
+    """The memories of the layers in `spec.layers`, by layer id.
+
+    `vocabulary` is the map from raw to canonical ids, int64 [V]; None leaves it to be loaded with the weights.
+    `make_table(num_rows, layer_id)` supplies each table.
+    """
+
+    vocabulary: Tensor
+
+    def __init__(self, spec: AddressSpec, vocabulary: np.ndarray | None, make_table: Callable[[int, int], Table]) -> None:
+        super().__init__()
+        self.spec = spec
+        if vocabulary is not None and vocabulary_digest(vocabulary) != spec.vocabulary_digest:
+            raise ValueError(
+                f"the vocabulary map has digest {vocabulary_digest(vocabulary)}, the address spec was made for "
+                f"{spec.vocabulary_digest}: pass the map of the tokenizer that the config was made with"
+            )
+        ids = torch.full((spec.vocab_size,), UNSET) if vocabulary is None else torch.from_numpy(vocabulary.copy())
+        self.register_buffer("vocabulary", ids)
+        self.memories = nn.ModuleDict(
+            {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
+        )
+        self._checked: tuple[int, int] | None = None
+
+    def items(self) -> list[tuple[int, Memory]]:
+        """(layer id, memory), in the order of the spec."""
+        return [(int(name), memory) for name, memory in self.memories.items()]  # type: ignore[misc]
+
+    def fields(self) -> dict[str, Field]:
+        """What the addresses need of a decode state."""
+        return {"ids": Field(self.spec.max_order - 1, empty=DEAD)}
+
+    def forward(self, input_ids: Tensor, sequence: Sequence, state: MemoryState | None) -> dict[int, Ticket]:
+        """Tickets by layer id for token ids [B, T]; moves the look-back in `state` on."""
+        self._check_vocabulary()
+        ids = canonical_ids(self.vocabulary, input_ids, sequence.alive)
+        tail = ids.new_full((ids.shape[0], self.spec.max_order - 1), DEAD) if state is None else state.tails["ids"]
+        window = windows(ids, sequence.starts, tail, self.spec.max_order)
+        if state is not None:
+            state.advance("ids", ids, sequence)
+        return {
+            layer_id: memory.ticket(hash_windows(window, self.spec.layer(layer_id), self.spec.pad_id))
+            for layer_id, memory in self.items()
+        }
+
+    def drop_pending(self) -> None:
+        for _, memory in self.items():
+            memory.lookup.pending.drop()
+
+    def table_path(self, folder: Path, layer_id: int) -> Path:
+        return folder / f"table-{layer_id}.safetensors"
+
+    def save_tables(self, folder: Path) -> None:
+        """Write every table into `folder`."""
+        for layer_id, memory in self.items():
+            memory.table.save(self.table_path(folder, layer_id))
+
+    def save_row_state(self, folder: Path) -> None:
+        """Write the rule state of every table into `folder`."""
+        for layer_id, memory in self.items():
+            memory.table.save_state(folder / f"row-state-{layer_id}.safetensors")
+
+    def load_row_state(self, folder: Path) -> None:
+        """Read back what `save_row_state` wrote, for tables of the same generation."""
+        for layer_id, memory in self.items():
+            memory.table.load_state(folder / f"row-state-{layer_id}.safetensors")
+
+    def _check_vocabulary(self) -> None:
+        stamp = (id(self.vocabulary), self.vocabulary._version)
+        if stamp == self._checked:
+            return
+        digest = vocabulary_digest(self.vocabulary.cpu().numpy())
+        if digest != self.spec.vocabulary_digest:
+            what = "is not set" if bool((self.vocabulary == UNSET).any()) else f"has digest {digest}"
+            raise RuntimeError(
+                f"the vocabulary map {what}, the address spec was made for {self.spec.vocabulary_digest}: load the "
+                "weights, or build the model with the map of its tokenizer (vocabulary=...)"
+            )
+        self._checked = stamp

@@ -1,0 +1,173 @@
+"""All that a memory must remember between two forwards, as one layer of a Hugging Face cache.
+
+The layer is appended behind the attention layers. It holds *tails*: for each named field the last L entries of
+the current document of each row, [B, L, ...], in buffers of fixed size.
+
+    ids               the last N - 1 canonical ids          (the look-back of the hash)
+    position          the position id of the last token     (does the next token continue its document?)
+    document          the slot where its document starts    (what attention may see)
+    convolution.<l>   the last (kernel - 1) * dilation inputs of the short convolution of layer l
+
+A rollback needs what the tails have forgotten: after `activate_past_recording` the layer keeps every column that it
+is given, and `crop(-k)` rebuilds the tails as they were k tokens earlier, back to the moment of activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from byrote.memory.sequence import NO_POSITION, Sequence, carry
+
+
+@dataclass(frozen=True)
+class Field:
+    """A tail of `length` entries of `shape`, holding `empty` where the document has no token.
+
+    `dtype` None: that of the model.
+    """
+
+    length: int
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = torch.int64
+    empty: float = 0
+
+
+PLACE_FIELDS = {"position": Field(1, empty=NO_POSITION), "document": Field(1)}
+
+
+@dataclass
+class Record:
+    """A tail as it was when recording began, and every column since."""
+
+    base: Tensor
+    columns: list[Tensor] = field(default_factory=list)
+    alive: list[Tensor] = field(default_factory=list)
+    starts: list[Tensor] = field(default_factory=list)
+
+
+class MemoryState(CacheLayerMixin):
+    """The decode state of one model's memory. `fields` names the tails that the model needs."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        super().__init__()
+        self.fields = {**PLACE_FIELDS, **fields}
+        self.tails: dict[str, Tensor] = {}
+        self.records: dict[str, Record] = {}
+        self.record_past = False
+
+    @classmethod
+    def attach(cls, cache: Cache, num_attention_layers: int, fields: Mapping[str, Field]) -> MemoryState:
+        """The memory layer of `cache`, appended behind its attention layers if it is not there yet."""
+        while len(cache.layers) < num_attention_layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if len(cache.layers) > num_attention_layers:
+            layer = cache.layers[num_attention_layers]
+            if isinstance(layer, cls):
+                return layer
+            raise ValueError(f"cache layer {num_attention_layers} is a {type(layer).__name__}, not the memory's")
+        if int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                "past_key_values holds tokens but no memory state: it was filled by another model; start from an empty cache"
+            )
+        cache.layers.append(cls(fields))
+        return cache.layers[-1]
+
+    def begin(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make empty tails for `batch_size` rows, unless there are some."""
+        if not self.is_initialized:
+            for name, spec in self.fields.items():
+                shape = (batch_size, spec.length, *spec.shape)
+                value = int(spec.empty) if spec.dtype == torch.int64 else spec.empty
+                self.tails[name] = torch.full(shape, value, dtype=spec.dtype or dtype, device=device)
+            self.is_initialized = True
+        rows = self.tails["position"].shape[0]
+        if rows != batch_size:
+            raise ValueError(f"past_key_values holds {rows} rows, input_ids {batch_size}: select or repeat the cache first")
+
+    def advance(self, name: str, columns: Tensor, sequence: Sequence) -> None:
+        """Let the tail `name` move over the columns [B, T, ...] of the new tokens."""
+        tail = carry(self.tails[name], columns, sequence.alive, sequence.starts, self.fields[name].empty)
+        if self.record_past:
+            record = self.records.setdefault(name, Record(self.tails[name].clone()))
+            record.columns.append(columns)
+            record.alive.append(sequence.alive)
+            record.starts.append(sequence.starts)
+            self.tails[name] = tail
+        elif torch.is_grad_enabled():
+            self.records.clear()
+            self.tails[name] = tail
+        else:
+            self.records.clear()
+            self.tails[name].copy_(tail)
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes zero or a negative count of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        recorded = sum(column.shape[1] for column in self.records["position"].columns) if self.records else 0
+        if recorded < -tokens_to_remove:
+            raise RuntimeError(
+                f"cannot take back {-tokens_to_remove} tokens, {recorded} are recorded: "
+                "call cache.activate_past_recording() before the tokens that may be rolled back"
+            )
+        for name, record in self.records.items():
+            columns, alive, starts = (
+                torch.cat(parts, dim=1)[:, : recorded + tokens_to_remove]
+                for parts in (record.columns, record.alive, record.starts)
+            )
+            record.columns, record.alive, record.starts = [columns], [alive], [starts]
+            self.tails[name] = record.base.clone()
+            if columns.shape[1]:
+                self.tails[name] = carry(record.base, columns, alive, starts, self.fields[name].empty)
+
+    def reset(self) -> None:
+        self.tails, self.records, self.is_initialized = {}, {}, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda tensor: tensor[indices, ...])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tails = {name: change(tail) for name, tail in self.tails.items()}
+        for record in self.records.values():
+            record.base = change(record.base)
+            for parts in (record.columns, record.alive, record.starts):
+                parts[:] = [change(part) for part in parts]
+
+    # The rest of the cache contract speaks of keys and values; this layer has none and counts no slots.
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("the memory layer of a cache holds no keys: see MemoryState.begin")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the memory layer of a cache holds no keys: see MemoryState.advance")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1

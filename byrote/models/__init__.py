@@ -1,0 +1,1 @@
+"""Hugging Face classes of the model families."""

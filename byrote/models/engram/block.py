@@ -1,0 +1,111 @@
+"""One block: memory, attention, experts, each read from and added to the residual streams.
+
+    streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.3, equation 6
+    streams <- write(MLA(norm(x))),  x, write = connect(streams)
+    streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first blocks)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from byrote.memory import Sequence, Ticket
+from byrote.models.engram.configuration import EngramConfig
+from byrote.nn.engram import Engram
+from byrote.nn.hyper import Residual
+from byrote.nn.mla import MLA, Cache
+from byrote.nn.moe import MLP, DeepSeekMoE
+from byrote.nn.rope import yarn_softmax_scale
+from byrote.nn.ungated import UngatedMemory
+
+
+class BlockOutput(NamedTuple):
+    """streams [B, T, n, d]; counts [E] and balance_loss [B] of the experts; columns [B, T, n * d] of the convolution.
+
+    A flat tuple, because re-entrant checkpointing carries gradients through nothing else; the last three may be None.
+    """
+
+    streams: Tensor
+    counts: Tensor | None
+    balance_loss: Tensor | None
+    columns: Tensor | None
+
+
+class EngramBlock(GradientCheckpointingLayer):
+    def __init__(self, config: EngramConfig, layer_id: int) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.layer_id = layer_id
+        self.memory: Engram | UngatedMemory | None = None
+        if layer_id in config.memory_layers and config.memory_gate:
+            self.memory = Engram(
+                d,
+                config.memory_size,
+                num_streams=config.num_streams,
+                kernel_size=config.memory_kernel_size,
+                dilation=len(config.memory_table_sizes) + 1,
+                bias=config.memory_bias,
+                zero_gate_rule=config.memory_zero_gate_rule,
+            )
+        elif layer_id in config.memory_layers:
+            self.memory = UngatedMemory(d, config.memory_size)
+        self.connect = Residual()
+        self.attention_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.attention = MLA(
+            d,
+            config.num_attention_heads,
+            config.q_lora_rank,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+            eps=config.rms_norm_eps,
+            softmax_scale=yarn_softmax_scale(
+                config.qk_nope_head_dim + config.qk_rope_head_dim, config.yarn_parameters
+            ),
+        )
+        self.experts_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.experts: MLP | DeepSeekMoE
+        if layer_id < config.first_k_dense_replace:
+            self.experts = MLP(d, config.intermediate_size)
+        else:
+            self.experts = DeepSeekMoE(
+                d,
+                config.moe_intermediate_size,
+                config.n_routed_experts,
+                config.num_experts_per_tok,
+                config.shared_expert_intermediate_size,
+                scores=config.scoring_func,  # type: ignore[arg-type]
+                renormalize=config.norm_topk_prob,
+                route_scale=config.routed_scaling_factor,
+                n_group=config.n_group,
+                topk_group=config.topk_group,
+            )
+
+    def forward(
+        self,
+        streams: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        sequence: Sequence,
+        ticket: Ticket | None = None,
+        tail: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> BlockOutput:
+        """streams [B, T, n, d]; `ticket` of this block's memory; `tail` of its convolution; `cache` of the attention."""
+        columns = None
+        if self.memory is not None:
+            assert ticket is not None
+            rows = ticket.wait().to(streams.dtype)
+            addend, columns = self.memory(streams, rows, sequence.alive, sequence.starts, tail)
+            streams = streams + addend
+        x, write = self.connect(streams)
+        streams = write(self.attention(self.attention_norm(x), rotary, mask, cache))
+        x, write = self.connect(streams)
+        if isinstance(self.experts, MLP):
+            return BlockOutput(write(self.experts(self.experts_norm(x))), None, None, columns)
+        y, stats = self.experts(self.experts_norm(x), sequence.alive)
+        return BlockOutput(write(y), stats.counts, stats.balance_loss, columns)

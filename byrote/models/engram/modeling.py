@@ -1,0 +1,351 @@
+"""EngramModel and EngramForCausalLM: the Hugging Face classes. How a token travels:
+
+    input_ids -> Sequence (alive, document starts) -> tickets of all memories   (from ids alone, before block 0)
+              -> embedding -> streams [B, T, n, d] -> blocks -> mean of the streams -> norm -> head
+
+Tables are not parameters: `save_pretrained` and `from_pretrained` write and open them beside the backbone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, cached_file
+
+from byrote.address.vocabulary import vocabulary_digest
+from byrote.memory import MemoryStack, MemoryState, Sequence
+from byrote.memory.sequence import NO_POSITION
+from byrote.memory.state import Field
+from byrote.models.engram.block import EngramBlock
+from byrote.models.engram.configuration import EngramConfig
+from byrote.models.hf import MemoryGenerationMixin
+from byrote.nn.engram import Engram
+from byrote.nn.moe import DeepSeekMoE, Experts
+from byrote.nn.rope import rotary
+from byrote.nn.router import Router
+from byrote.tables import RamTable
+
+logger = logging.getLogger(__name__)
+
+
+class EngramPreTrainedModel(PreTrainedModel):
+    config_class = EngramConfig
+    config: EngramConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EngramBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The whole initialization; std = `initializer_range`.
+
+        linear, embedding, router, experts   N(0, std^2)
+        biases, convolution                  0              (Engram paper, table 5: conv zero init)
+        all gains                            1
+        rows of the tables                   N(0, memory_initializer_range^2), drawn by the table itself
+        """
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up, mean=0.0, std=std)
+            init.normal_(module.down, mean=0.0, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Engram):
+            module.reset_gains(init)
+        if isinstance(module, Router):
+            init.zeros_(module.selection_bias)
+
+
+class EngramModel(EngramPreTrainedModel):
+    """The trunk. `vocabulary`: the map of `byrote.address.compress(tokenizer)` that the config was made with."""
+
+    def __init__(self, config: EngramConfig, vocabulary: np.ndarray | None = None) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.memories = self._make_memories(config, vocabulary)
+        self.layers = nn.ModuleList([EngramBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @staticmethod
+    def _make_memories(config: EngramConfig, vocabulary: np.ndarray | None) -> MemoryStack | None:
+        spec = config.spec
+        if spec is None:
+            return None
+        identity = np.arange(config.vocab_size)
+        if vocabulary is None and vocabulary_digest(identity) == spec.vocabulary_digest:
+            vocabulary = identity
+
+        def make_table(num_rows: int, layer_id: int) -> RamTable:
+            return RamTable(
+                num_rows,
+                config.memory_row_width,
+                digest=spec.digest,
+                std=config.memory_initializer_range,
+                seed=config.memory_seed + layer_id,
+            )
+
+        return MemoryStack(spec, vocabulary, make_table)
+
+    def memory_fields(self) -> dict[str, Field]:
+        """The tails that a decode state of this model holds."""
+        fields = {} if self.memories is None else self.memories.fields()
+        for layer in self.layers:
+            if isinstance(layer.memory, Engram) and layer.memory.tail_length:
+                width = self.config.num_streams * self.config.hidden_size
+                fields[f"convolution.{layer.layer_id}"] = Field(layer.memory.tail_length, (width,), dtype=None)
+        return fields
+
+    def attach_memory_state(self, cache: Cache) -> MemoryState:
+        return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], restarting at documents.
+
+        `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        state = None if past_key_values is None else self.attach_memory_state(past_key_values)
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if state is not None:
+            state.begin(input_ids.shape[0], embeddings.dtype, input_ids.device)
+        past = _length(past_key_values)
+        sequence, mask = self._place(input_ids, attention_mask, position_ids, past, past_key_values, state)
+
+        tickets = {} if self.memories is None else self.memories(input_ids, sequence, state)
+        if state is not None:
+            state.advance("position", sequence.position_ids, sequence)
+            state.advance("document", sequence.document, sequence)
+        angles = rotary(
+            sequence.position_ids,
+            self.config.qk_rope_head_dim,
+            theta=self.config.rope_theta,
+            yarn=self.config.yarn_parameters,
+        )
+        streams = embeddings.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
+        hidden_states = [streams]
+        balance = []
+        for i, layer in enumerate(self.layers):
+            tail = state.tails.get(f"convolution.{i}") if state is not None else None
+            cache = _attention_cache(past_key_values, i)
+            output = layer(streams, angles, mask, sequence, tickets.get(i), tail, cache)
+            streams = output.streams
+            hidden_states.append(streams)
+            if state is not None and tail is not None:
+                state.advance(f"convolution.{i}", output.columns, sequence)
+            if output.counts is not None:
+                layer.experts.router.record(output.counts)
+                balance.append(output.balance_loss)
+        result = BaseModelOutputWithPast(
+            last_hidden_state=self.norm(streams.mean(dim=2)),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        if self.training and balance:
+            result["balance_loss"] = torch.stack(balance).mean(dim=0)
+        return result
+
+    def _place(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: int | Tensor,
+        cache: Cache | None,
+        state: MemoryState | None,
+    ) -> tuple[Sequence, Tensor | None]:
+        """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal)."""
+        batch, steps = input_ids.shape
+        known = int(past) + steps
+        if attention_mask is not None and attention_mask.shape != (batch, known):
+            raise ValueError(
+                f"attention_mask must be [{batch}, {known}] (cached and new tokens), got {list(attention_mask.shape)}"
+            )
+        plain = attention_mask is None and position_ids is None and cache is None
+        key_alive = (
+            torch.ones(batch, known, dtype=torch.bool, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        if position_ids is None:
+            position_ids = (key_alive.long().cumsum(dim=1) - 1).clamp_min(0)[:, -steps:]
+        nothing = input_ids.new_full((batch, 1), NO_POSITION)
+        last_position, last_document = (nothing, nothing.clamp_min(0))
+        if state is not None:
+            last_position, last_document = state.tails["position"], state.tails["document"]
+        position_ids = position_ids.expand(batch, -1)
+        sequence = Sequence.place(position_ids, key_alive[:, -steps:], past, last_position, last_document)
+        if plain:
+            return sequence, None
+        slots = max(known, cache.get_max_length(0)) if cache is not None else known
+        return sequence, sequence.mask(past, nn.functional.pad(key_alive, (0, slots - known)))
+
+
+class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
+    """The language model. loss = cross-entropy of the next token + alpha * sequence-wise balance loss, over all items.
+
+    `placement`: where opened tables live; "host" is RAM.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: EngramConfig, vocabulary: np.ndarray | None = None) -> None:
+        super().__init__(config)
+        self.model = EngramModel(config, vocabulary)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def attach_memory_state(self, cache: Cache) -> MemoryState:
+        return self.model.attach_memory_state(cache)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100 where nothing is predicted."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache if labels is None or use_cache is not None else False,
+            output_hidden_states=kwargs.get("output_hidden_states"),
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+            if "balance_loss" in outputs:
+                # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
+                items = (labels[:, 1:] != -100).sum(dim=1)
+                total = items.sum() if num_items_in_batch is None else num_items_in_batch
+                loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.model.memories is not None:
+            self.model.memories.drop_pending()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Backbone, then tables, then the config: a folder with a config is complete."""
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **kwargs)
+        if self.model.memories is None or not kwargs.get("is_main_process", True):
+            return
+        config, aside = folder / "config.json", folder / "config.json.tmp"
+        os.replace(config, aside)
+        self.model.memories.save_tables(folder)
+        os.replace(aside, config)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any) -> Any:
+        """The model with its tables open; ValueError where a table is missing, truncated or another model's."""
+        if placement != "host":
+            raise ValueError(f"placement must be 'host', got {placement!r}: other placements come with a later version")
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs}
+        model._open_tables(lambda file: _resolve(name, file, hub))
+        return loaded
+
+    def load_tables(self, folder: str | os.PathLike[str]) -> None:
+        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
+        self._open_tables(lambda file: Path(folder) / file)
+
+    def _open_tables(self, find: Any) -> None:
+        if self.model.memories is None:
+            return
+        spec = self.model.memories.spec
+        for layer_id, memory in self.model.memories.items():
+            path = find(self.model.memories.table_path(Path(), layer_id).name)
+            memory.table = RamTable.open(
+                path, num_rows=spec.layer(layer_id).rows, width=self.config.memory_row_width, digest=spec.digest
+            )
+            if int(memory.generation) != memory.table.generation:
+                raise ValueError(
+                    f"{path}: generation {memory.table.generation}, the backbone was saved with {int(memory.generation)}: "
+                    "take both from one save_pretrained"
+                )
+
+    def save_row_state(self, folder: str | os.PathLike[str]) -> None:
+        """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
+        if self.model.memories is not None:
+            self.model.memories.save_row_state(Path(folder))
+
+    def load_row_state(self, folder: str | os.PathLike[str]) -> None:
+        """Read back what `save_row_state` wrote."""
+        if self.model.memories is not None:
+            self.model.memories.load_row_state(Path(folder))
+
+
+def _length(cache: Cache | None) -> int | Tensor:
+    """Slots taken; a static cache counts in a tensor that it changes in place."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def _attention_cache(cache: Cache | None, layer: int) -> Any:
+    if cache is None:
+        return None
+    return lambda latent, rope_key: cache.update(latent, rope_key, layer)
+
+
+def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
+    if os.path.isdir(name):
+        return Path(name, hub.get("subfolder", ""), file)
+    return Path(cached_file(str(name), file, **hub))

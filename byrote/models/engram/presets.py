@@ -1,0 +1,29 @@
+"""Named shapes. Each lists only what differs from EngramConfig's defaults, which are `nano`'s backbone."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Tests: well under a second a step on one core.
+    "nano": {"memory_layers": [1], "memory_table_sizes": [499, 997]},
+    # The demo: minutes on two cores.
+    "tiny": {
+        "vocab_size": 8192,
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "max_position_embeddings": 1024,
+        "intermediate_size": 512,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+        "memory_layers": [1, 3],
+        "memory_heads": 4,
+        "memory_row_width": 16,
+        "memory_table_sizes": [4000, 8000],
+    },
+}

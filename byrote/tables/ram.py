@@ -1,0 +1,202 @@
+"""Rows in RAM: one contiguous [R, W] tensor, and rule state for the rows that were ever updated.
+
+Rule state lives in arrays of one entry a *touched* row, which grow by doubling, and a directory of four bytes a
+row says where (0 = never touched). Saved files are plain safetensors, readable by anything:
+
+- rows:  tensor `rows` [R, W];  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
+- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]; the same metadata
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from byrote.tables.table import RowState, StateFields, check_row_ids
+
+FORMAT_VERSION = 1
+CODECS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RamTable:
+    """A table in host memory. `digest` names the address spec that its rows belong to.
+
+    Rows are drawn from N(0, `std`^2) with `seed` when they are first needed, so that a model can be built on the
+    meta device, or be about to open its tables from a file, without paying for them.
+    """
+
+    def __init__(
+        self, num_rows: int, width: int, *, digest: str, std: float = 0.02, seed: int = 0, codec: str = "fp32"
+    ) -> None:
+        if num_rows < 1 or width < 1:
+            raise ValueError(f"a table needs at least one row and one value, got num_rows={num_rows}, width={width}")
+        if codec not in CODECS:
+            raise ValueError(f"codec must be one of {sorted(CODECS)}, got {codec!r}")
+        self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
+        self.generation = 0
+        self._std, self._seed = std, seed
+        self._rows: Tensor | None = None
+        self._directory: Tensor | None = None  # [R] int32: 1 + index into the state arrays, 0 = never touched
+        self._state: RowState = {}
+        self._touched = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RamTable:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables beside it")
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows [R, W] in the storage dtype; drawn on first use."""
+        if self._rows is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            rows = torch.empty(self.num_rows, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+            self._rows = rows.to(CODECS[self.codec])
+        return self._rows
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> Tensor:
+        check_row_ids(rows, self.num_rows)
+        values = self.rows.index_select(0, rows.reshape(-1).cpu()).float()
+        return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
+
+    @torch.no_grad()
+    def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
+        check_row_ids(rows, self.num_rows)
+        self._open_state(fields)
+        assert self._directory is not None
+        # Entry 0 of every array stays zero: it is what a row without state reads.
+        entries = self._directory.index_select(0, rows.cpu()).long()
+        return {name: self._state[name].index_select(0, entries).to(rows.device) for name in fields}
+
+    @torch.no_grad()
+    def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
+        check_row_ids(rows, self.num_rows)
+        if values.shape != (rows.numel(), self.width):
+            raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
+        rows = rows.cpu()
+        self.rows.index_copy_(0, rows, values.to("cpu", self.rows.dtype))
+        if state is None:
+            return
+        self._open_state({name: tuple(value.shape[1:]) for name, value in state.items()})
+        assert self._directory is not None
+        entries = self._directory.index_select(0, rows).long()
+        fresh = entries == 0
+        num_fresh = int(fresh.sum())
+        if num_fresh:
+            entries[fresh] = torch.arange(self._touched + 1, self._touched + 1 + num_fresh)
+            self._directory.index_copy_(0, rows[fresh], entries[fresh].int())
+            self._touched += num_fresh
+            self._grow(self._touched + 1)
+        for name, value in state.items():
+            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
+
+    def commit(self) -> int:
+        self.generation += 1
+        return self.generation
+
+    def stats(self) -> dict[str, Any]:
+        state_bytes = sum(array.numel() * array.element_size() for array in self._state.values())
+        return {
+            "num_rows": self.num_rows,
+            "width": self.width,
+            "codec": self.codec,
+            "bytes": self.num_rows * self.width * CODECS[self.codec].itemsize,
+            "generation": self.generation,
+            "rows_touched": self._touched,
+            "state_bytes": state_bytes + (0 if self._directory is None else 4 * self.num_rows),
+        }
+
+    def save(self, path: Path) -> None:
+        _save({"rows": self.rows}, path, self._header())
+
+    def save_state(self, path: Path) -> None:
+        """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
+        arrays = {"rows": torch.zeros(0, dtype=torch.int64)}
+        if self._directory is not None:
+            touched = self._directory.nonzero().squeeze(1)
+            entries = self._directory.index_select(0, touched).long()
+            arrays = {"rows": touched, **{name: array.index_select(0, entries) for name, array in self._state.items()}}
+        _save(arrays, path, self._header())
+
+    def load_state(self, path: Path) -> None:
+        header, arrays = _load(path)
+        for field in ("digest", "num_rows", "width", "generation"):
+            if header[field] != getattr(self, field):
+                raise ValueError(
+                    f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
+                    "take rows and row state from one checkpoint"
+                )
+        self._directory, self._state, self._touched = None, {}, 0
+        rows = arrays.pop("rows")
+        if rows.numel():
+            self.write(rows, self.read(rows), arrays)
+
+    @classmethod
+    def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
+        """The table in `path`. ValueError where the file is truncated or is not the table that is asked for."""
+        header, arrays = _load(path)
+        for field, expected in (("digest", digest), ("num_rows", num_rows), ("width", width)):
+            if header[field] != expected:
+                raise ValueError(
+                    f"{path}: {field} is {header[field]}, the model needs {expected}; "
+                    "the table was made for another address spec or config"
+                )
+        table = cls(num_rows, width, digest=digest, codec=header["codec"])
+        rows = arrays.get("rows")
+        if rows is None or rows.dtype != CODECS[table.codec] or list(rows.shape) != [num_rows, width]:
+            found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
+            raise ValueError(
+                f"{path}: tensor 'rows' must be {CODECS[table.codec]} {[num_rows, width]} as its header says, got {found}"
+            )
+        table._rows, table.generation = rows, int(header["generation"])
+        return table
+
+    def _header(self) -> dict[str, Any]:
+        names = ("digest", "generation", "num_rows", "width", "codec")
+        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
+
+    def _open_state(self, fields: StateFields) -> None:
+        if self._state and {name: tuple(array.shape[1:]) for name, array in self._state.items()} != dict(fields):
+            raise ValueError(f"the table keeps rule state {sorted(self._state)}, the rule asks for {sorted(fields)}")
+        if self._directory is None:
+            self._directory = torch.zeros(self.num_rows, dtype=torch.int32)
+            self._state = {name: torch.zeros(1, *shape) for name, shape in fields.items()}
+
+    def _grow(self, needed: int) -> None:
+        for name, array in self._state.items():
+            if array.shape[0] < needed:
+                capacity = min(max(needed, 2 * array.shape[0], 1024), self.num_rows + 1)
+                grown = array.new_zeros(capacity, *array.shape[1:])
+                grown[: array.shape[0]] = array
+                self._state[name] = grown
+
+
+def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: array.contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)})
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such table file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("byrote", "{}"))
+            if header.get("format_version") != FORMAT_VERSION:
+                version = header.get("format_version")
+                raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
+            if header.get("codec") not in CODECS:
+                raise ValueError(f"{path}: codec {header.get('codec')!r}, this byrote reads {sorted(CODECS)}")
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a table ({error})") from error

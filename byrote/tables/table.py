@@ -1,0 +1,73 @@
+"""The Table protocol: row ids in, rows out; nothing about tokens, layers or gradients.
+
+A table holds `num_rows` rows of `width` values. It is not a Module, Parameter or buffer: it is absent from
+`state_dict`, `.to` and `.half` do not touch it, `copy.deepcopy` shares it and pickling is refused. Rows change
+only through `write`, and `commit` closes one step of changes by raising `generation` by one.
+
+Beside its values a row may carry the state of an update rule (`byrote.tables.rules`). That state is stored with
+the rows, for touched rows only, so it grows with the rows that were ever updated and not with the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+RowState = dict[str, Tensor]
+StateFields = Mapping[str, tuple[int, ...]]
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What every placement offers. U row ids, W = `width`; row ids are int64 in [0, `num_rows`)."""
+
+    num_rows: int
+    width: int
+    digest: str
+    generation: int
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Rows [..., W] in float32 for row ids [...] of any shape, on the device of `rows`."""
+        ...
+
+    def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
+        """Rule state of rows [U]: one tensor [U, *shape] a field, zeros for rows never written with state."""
+        ...
+
+    def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
+        """Store values [U, W], and rule state if given, at unique row ids [U]."""
+        ...
+
+    def commit(self) -> int:
+        """Close a step of writes: raise `generation` by one and return it."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the rows to one file: a temporary name first, then a rename."""
+        ...
+
+    def save_state(self, path: Path) -> None:
+        """Write the rule state of the touched rows to one file, likewise."""
+        ...
+
+    def load_state(self, path: Path) -> None:
+        """Read back what `save_state` wrote; ValueError where it belongs to other rows."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Rows, width, bytes, generation, rows with rule state."""
+        ...
+
+
+def check_row_ids(rows: Tensor, num_rows: int) -> None:
+    """Refuse row ids outside [0, num_rows): an out-of-range id must never wrap around or be read."""
+    if rows.dtype != rows.new_empty(0).long().dtype:
+        raise ValueError(f"rows must be int64, got {rows.dtype}: addresses are integers from byrote.address")
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
+        raise ValueError(
+            f"row ids {int(rows.min())}..{int(rows.max())} leave the table of {num_rows} rows: "
+            "the address spec and the table do not belong together"
+        )

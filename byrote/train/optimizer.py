@@ -1,0 +1,169 @@
+"""The one optimizer: a single `torch.optim.Optimizer`, with a `kind` in each param group.
+
+    kind     what                                            rule
+    adamw    matrices; and, without decay, the embedding,    AdamW (torch's own functional form)
+             gains, biases
+    rows     the anchors of the tables                       LazyAdam on the touched rows, 5x the rate, no decay
+
+Two wrapped optimizers would go stale: `accelerator.prepare` and `load_state_dict` replace `param_groups`, and a
+schedule that holds the inner groups then moves nothing. Here every kind reads its rate from its own group at each step.
+
+`step` also moves the selection bias of every router by the load it saw since the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from byrote.memory import Memory
+from byrote.memory.exchange import mean_over_ranks
+from byrote.nn.router import Router
+from byrote.tables import LazyAdam
+
+
+class Optimizer(torch.optim.Optimizer):
+    """For any model that holds `byrote.memory.Memory` modules; also for one that holds none.
+
+    `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
+    one row's gradient. `router_bias_rate`: step of the loss-free balance (DeepSeek-V3 section 4.2: 0.001).
+
+    After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
+    """
+
+    _step_supports_amp_scaling = True  # so that a GradScaler hands itself to `step`, where it is refused
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        row_rate: float = 5.0,
+        row_max_norm: float | None = None,
+        router_bias_rate: float = 0.001,
+    ) -> None:
+        self.memories = [module for module in model.modules() if isinstance(module, Memory)]
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.router_bias_rate = router_bias_rate
+        self.rule = LazyAdam(betas=betas, eps=eps, max_norm=row_max_norm)
+        self.rows_touched = 0
+        self.max_violation = 0.0
+        anchors = {id(memory.anchor) for memory in self.memories}
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        dense = [p for p in model.parameters() if p.requires_grad and id(p) not in anchors]
+        decayed = [p for p in dense if p.dim() > 1 and id(p) not in embeddings]
+        plain = [p for p in dense if p.dim() <= 1 or id(p) in embeddings]
+        groups: list[dict[str, Any]] = [
+            {"kind": "adamw", "params": decayed, "lr": lr, "weight_decay": weight_decay},
+            {"kind": "adamw", "params": plain, "lr": lr, "weight_decay": 0.0},
+            {"kind": "rows", "params": [m.anchor for m in self.memories], "lr": row_rate * lr, "weight_decay": 0.0},
+        ]
+        super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("row gradients leave the graph unscaled by a GradScaler: train in float32 or bfloat16")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["kind"] == "adamw":
+                self._step_adamw(group)
+        self._step_rows()
+        if self.routers:
+            moved = [router.update_bias(self.router_bias_rate) for router in self.routers]
+            self.max_violation = float(torch.stack(moved).mean())
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for memory in self.memories:
+            memory.lookup.pending.drop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; for each anchor (digest, generation, step), while the state of the rows stays with the rows."""
+        for memory in self.memories:
+            table = memory.table
+            self.state[memory.anchor] |= {"digest": table.digest, "generation": table.generation}
+            self.state[memory.anchor].setdefault("step", 0)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the model first. ValueError where this state belongs to other tables, or to another moment of them."""
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        index = {id(parameter): i for i, parameter in enumerate(order)}
+        own = {index[id(memory.anchor)]: memory for memory in self.memories}
+        rows = {i: dict(state_dict["state"][i]) for i in own if i in state_dict["state"]}
+        for i, saved in rows.items():
+            for field, present in (("digest", own[i].table.digest), ("generation", int(own[i].generation))):
+                if saved[field] != present:
+                    raise ValueError(
+                        f"the optimizer state was saved with table {field} {saved[field]}, the model has {present}: "
+                        "load the model of the same checkpoint first"
+                    )
+        dense = {i: state for i, state in state_dict["state"].items() if i not in own}
+        super().load_state_dict({**state_dict, "state": dense})
+        for i, saved in rows.items():
+            self.state[own[i].anchor] = saved
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        if not parameters:
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=parameters[0].device.type in ("cpu", "cuda"),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_rows(self) -> None:
+        rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
+        self.rows_touched = 0
+        for memory in self.memories:
+            pending, table = memory.lookup.pending, memory.table
+            if not memory.anchor.requires_grad:
+                continue
+            if memory.anchor.grad is None:
+                pending.drop()  # the gradients were zeroed through a wrapper, which knows only the anchor
+            rows, gradient = pending.take() or _nothing(memory.anchor, table.width)
+            rows, gradient = mean_over_ranks(rows, gradient)
+            if not rows.numel():
+                continue
+            state = table.read_state(rows, self.rule.fields(table.width))
+            values, state = self.rule.update(table.read(rows), state, gradient, rates[id(memory.anchor)])
+            table.write(rows, values, state)
+            memory.commit()
+            self.rows_touched += rows.numel()
+            self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
+
+
+def _nothing(anchor: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return anchor.new_empty(0, dtype=torch.int64), anchor.new_empty(0, width, dtype=torch.float32)
