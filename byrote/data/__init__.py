@@ -1,0 +1,1 @@
+"""Text in, packed batches out: corpora, tokenizer, packing. Nothing here knows about models."""

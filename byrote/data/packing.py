@@ -1,0 +1,167 @@
+"""Documents packed into batches [B, T], addressed by a counter.
+
+Training is one endless stream of tokens: epoch 0, epoch 1, ... , each epoch all documents one after
+another in an order drawn from (seed, epoch). Row r of batch s is the stream from (s B + r) T on, so that
+a batch is a function of (seed, s) alone: to resume is to count on. Every token is an input exactly once
+an epoch; rows and batches run on across documents and epochs.
+
+position_ids restart at 0 where a document starts. A document that a row's end cuts goes on in the next
+row, and its positions restart there too: the model sees nothing before a row, so the rest is a document
+of its own to it. labels are the input ids, -100 at the first token of each document (nothing predicts
+it); the model shifts them, so that the first token of a row is not predicted either.
+
+Validation is one pass in the stored order. Its rows overlap by one token, the last of a row being the
+first of the next, so that every token but a document's first is predicted exactly once, and the mean is
+over all of the text. The last row is filled up with pad tokens; where that happens, attention_mask is
+given.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IGNORED = -100
+Batch = dict[str, torch.Tensor]
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, positions, labels
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """tokens [N] of all documents, offsets [documents + 1]: where each begins."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, part: str) -> "Tokens":
+        path = folder / f"{part}.tokens.npy"
+        if not path.exists():
+            raise ValueError(
+                f"{folder} holds no prepared corpus ({path.name} is missing); run `byrote data` first"
+            )
+        return cls(np.load(path, mmap_mode="r"), np.load(folder / f"{part}.offsets.npy"))
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that something predicts: all but the first of each document."""
+        return len(self) - (len(self.offsets) - 1)
+
+
+def predicted(batch: Batch) -> int:
+    """The number of tokens that the shifted loss of this batch is over."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+class Packer:
+    """Training batches by number: `batch(s)` for s = 0, 1, 2, ... Rank r of `world` holds rows r, r +
+    world, ...
+    """
+
+    def __init__(self, data: Tokens, batch_size: int, length: int, seed: int, rank: int = 0, world: int = 1):
+        if batch_size % world:
+            raise ValueError(
+                f"batch_size {batch_size} is not divisible by the {world} processes; make it a multiple"
+            )
+        if len(data) == 0:
+            raise ValueError("the corpus holds no tokens")
+        self.data, self.batch_size, self.length, self.seed = data, batch_size, length, seed
+        self.rank, self.world = rank, world
+        self._epoch = -1
+        self._order = self._begins = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> Batch:
+        rows = [
+            self._row(step * self.batch_size + row) for row in range(self.rank, self.batch_size, self.world)
+        ]
+        return _stack(rows)
+
+    def epoch(self, step: int) -> float:
+        """How many epochs have been read before batch `step`."""
+        return step * self.batch_size * self.length / len(self.data)
+
+    def _row(self, row: int) -> Row:
+        at, end = row * self.length, (row + 1) * self.length
+        pieces = []
+        while at < end:
+            epoch, offset = divmod(at, len(self.data))
+            self._shuffle(epoch)
+            place = int(np.searchsorted(self._begins, offset, side="right")) - 1
+            document = self._order[place]
+            skip = offset - int(self._begins[place])
+            size = min(end - at, int(self._begins[place + 1]) - offset)
+            start = int(self.data.offsets[document]) + skip
+            pieces.append((self.data.tokens[start : start + size], skip == 0))
+            at += size
+        return _join(pieces)
+
+    def _shuffle(self, epoch: int) -> None:
+        """The order of an epoch's documents, and where in the epoch each begins. A row reads at most a
+        few epochs in turn.
+        """
+        if epoch != self._epoch:
+            count = len(self.data.offsets) - 1
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            self._begins = np.concatenate([[0], np.cumsum(np.diff(self.data.offsets)[self._order])])
+            self._epoch = epoch
+
+
+def validation_batches(
+    data: Tokens, batch_size: int, length: int, pad_id: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """One pass over all documents; see the module's docstring. Rank r of `world` takes batches r, r +
+    world, ...
+    """
+    stride = length - 1
+    rows = max(1, -(-(len(data) - 1) // stride))
+    starts = np.zeros(len(data), bool)
+    starts[data.offsets[:-1]] = True
+    for number, first in enumerate(range(0, rows, batch_size)):
+        if number % world != rank:
+            continue
+        packed = []
+        for row in range(first, min(first + batch_size, rows)):
+            at, end = row * stride, min(row * stride + length, len(data))
+            cuts = [at, *(np.flatnonzero(starts[at + 1 : end]) + at + 1), end]
+            pieces = [(data.tokens[a:b], bool(starts[a])) for a, b in itertools.pairwise(cuts)]
+            packed.append(_join(pieces))
+        yield _stack(packed, length, pad_id)
+
+
+def _join(pieces: list[tuple[np.ndarray, bool]]) -> Row:
+    """(tokens, is it the beginning of a document?) of each piece -> ids, positions, labels of one row."""
+    ids = np.concatenate([tokens for tokens, _ in pieces]).astype(np.int64)
+    positions = np.concatenate([np.arange(len(tokens)) for tokens, _ in pieces])
+    labels = ids.copy()
+    at = 0
+    for tokens, begins in pieces:
+        if begins:
+            labels[at] = IGNORED
+        at += len(tokens)
+    return ids, positions, labels
+
+
+def _stack(rows: list[Row], length: int = 0, pad_id: int = 0) -> Batch:
+    """Rows to a batch; rows shorter than `length` are filled up."""
+    missing = max(0, length - min(len(ids) for ids, _, _ in rows)) if length else 0
+    fills = (pad_id, 0, IGNORED)
+    arrays = []
+    for parts, fill in zip(zip(*rows, strict=True), fills, strict=True):
+        width = max(length, len(parts[0]))
+        arrays.append(
+            np.stack([np.pad(part, (0, width - len(part)), constant_values=fill) for part in parts])
+        )
+    batch = {
+        name: torch.from_numpy(array)
+        for name, array in zip(("input_ids", "position_ids", "labels"), arrays, strict=True)
+    }
+    if missing:
+        lengths = torch.tensor([len(ids) for ids, _, _ in rows])
+        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    return batch
