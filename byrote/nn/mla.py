@@ -34,6 +34,11 @@ from byrote.nn.rope import rotate
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def _normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """In the precision of the norm's weight: autocast leaves that in float32 and there is no mixed kernel."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 class MLA(nn.Module):
     def __init__(
         self,
@@ -104,7 +109,10 @@ class MLA(nn.Module):
         query_rope = rotate(query_rope, *rotary)
 
         latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
-        latent, rope_key = self.kv_a_norm(latent).unsqueeze(1), rotate(rope_key.unsqueeze(1), *rotary)
+        latent, rope_key = (
+            _normalize(self.kv_a_norm, latent).unsqueeze(1),
+            rotate(rope_key.unsqueeze(1), *rotary),
+        )
         if cache is not None:
             latent, rope_key = cache(latent, rope_key)
         if mask is None and latent.shape[2] != x.shape[1]:
@@ -127,7 +135,7 @@ class MLA(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         if not self.has_query_latent:
             return self.q_proj(x)
-        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        return self.q_b_proj(_normalize(self.q_a_norm, self.q_a_proj(x)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * n] -> [B, H, S, n]"""

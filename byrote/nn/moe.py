@@ -130,7 +130,9 @@ class DeepSeekMoE(nn.Module):
     ) -> None:
         super().__init__()
         if shared_width < 0:
-            raise ValueError(f"shared_width={shared_width}: give 0 for no shared experts, or a positive number")
+            raise ValueError(
+                f"shared_width={shared_width}: give 0 for no shared experts, or a positive number"
+            )
         self.router = Router(
             hidden_size,
             num_experts,
