@@ -1,0 +1,137 @@
+"""Windows with boundaries, and the hash: compressed token ids to row ids.
+
+For B rows of T new tokens, orders up to N, `columns` = (N - 1) * heads:
+
+    canonical_ids  raw ids [B, T]               -> ids [B, T]               P[x]; DEAD where not alive
+    windows        ids [B, T], tail [B, N - 1]  -> windows [B, T, N]        column j: the token j places back
+    hash_windows   windows [B, T, N]            -> row ids [B, T, columns]  offsets included
+    next_tail      ids [B, T], tail [B, N - 1]  -> tail [B, N - 1]          of the next call, newest last
+
+A window ends at the start of the document and at the first dead token: that place and all places further back
+are DEAD, and a DEAD place is hashed as the pad id (Engram paper section 2.2 for the sequence start;
+DeepSeek-V4.1's code for masked tokens; documents in a packed row are our rule). A dead token's own window is
+all DEAD. It has row ids, but its gate is closed. Ids may be negative here (the demo lets them pass): the
+modulo is the floor modulo. `canonical_ids` refuses them.
+
+Every function takes NumPy arrays or torch tensors on any device and returns the same kind: the operations are
+the same int64 operations, and the tests hold both against a twin in Python integers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from byrote.address.spec import LayerAddress
+
+DEAD = int(np.iinfo(np.int64).min)
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = None) -> Array:
+    """Compressed ids. A dead position's raw id does not matter; any other must be in the vocabulary."""
+    xp = _namespace(input_ids)
+    if "int" not in str(input_ids.dtype):
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}; give integer token ids")
+    unknown = (input_ids < 0) | (input_ids >= len(vocabulary))
+    if alive is not None:
+        _check_mask("alive", alive, input_ids)
+        unknown = unknown & alive
+    if bool(unknown.any()):
+        row, position = (int(index) for index in xp.argwhere(unknown)[0])
+        raise ValueError(
+            f"input_ids[{row}, {position}] is {int(input_ids[row, position])}; the vocabulary has the ids "
+            f"0 .. {len(vocabulary) - 1}: mask the position, or use the tokenizer of this vocabulary"
+        )
+    if alive is None:
+        return vocabulary[input_ids]
+    return xp.where(alive, vocabulary[xp.where(alive, input_ids, 0)], DEAD)
+
+
+def windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Array:
+    seen, document = _with_tail(ids, starts, tail, max_order)
+    behind, tokens = max_order - 1, ids.shape[1]
+    xp = _namespace(ids)
+    columns = [ids]
+    for back in range(1, max_order):
+        place = slice(behind - back, behind - back + tokens)
+        columns.append(xp.where(document[:, place] == document[:, behind:], seen[:, place], DEAD))
+    return xp.stack(columns, -1)
+
+
+def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
+    xp = _namespace(windows)
+    if windows.shape[-1] != len(layer.multipliers):
+        raise ValueError(
+            f"windows has {windows.shape[-1]} places; "
+            f"layer {layer.layer_id} needs max_order = {len(layer.multipliers)}"
+        )
+    ids = xp.where(windows == DEAD, pad_id, windows)
+    mix = ids[..., 0] * layer.multipliers[0]
+    mixes = []
+    for back in range(1, len(layer.multipliers)):
+        mix = mix ^ ids[..., back] * layer.multipliers[back]
+        mixes.append(mix)
+    # A compiler traces with fake tensors, which must not enter the cache.
+    constants = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+    primes, offsets = constants(layer, windows.device if isinstance(windows, torch.Tensor) else None)
+    hashes = xp.remainder(xp.stack(mixes, -1)[..., None], primes)
+    return hashes.reshape(*windows.shape[:-1], layer.columns) + offsets
+
+
+def next_tail(ids: Array, starts: Array, tail: Array) -> Array:
+    """Trailing dead tokens (right padding) leave no trace; a row without a living token keeps its tail."""
+    behind = tail.shape[1]
+    seen, document = _with_tail(ids, starts, tail, behind + 1)
+    xp = _namespace(ids)
+    places = _arange(seen.shape[1], ids)
+    # The place of the last living token; the last place of the tail where there is none.
+    last = xp.amax(xp.where(ids == DEAD, behind - 1, places[behind:]), 1)[:, None]
+    kept = last - behind + 1 + places[:behind]
+    rows = _arange(len(ids), ids)[:, None]
+    return xp.where(document[rows, kept] == document[rows, last], seen[rows, kept], DEAD)
+
+
+def _with_tail(ids: Array, starts: Array, tail: Array | None, max_order: int) -> tuple[Array, Array]:
+    """The tail and the new ids in one row [B, N - 1 + T], and the number of the document that each is in.
+
+    A dead token opens a document of its own, shared with the tokens after it until the next start: nothing
+    looks past it, and what looks at it finds DEAD.
+    """
+    xp = _namespace(ids)
+    _check_mask("starts", starts, ids)
+    if tail is None:
+        tail = xp.broadcast_to(xp.full_like(ids[:, :1], DEAD), (len(ids), max_order - 1))
+    if tuple(tail.shape) != (len(ids), max_order - 1):
+        raise ValueError(
+            f"tail has shape {list(tail.shape)}; give [B, max_order - 1] = [{len(ids)}, {max_order - 1}]"
+        )
+    opens = xp.concatenate([tail == DEAD, starts | (ids == DEAD)], 1)
+    return xp.concatenate([tail, ids], 1), xp.cumsum(opens, 1)
+
+
+@functools.lru_cache
+def _constants(layer: LayerAddress, device: torch.device | None) -> tuple[Any, Any]:
+    """Primes [N - 1, heads] and offsets [columns] where the ids are: made once, from Python integers."""
+    if device is None:
+        return np.array(layer.primes, dtype=np.int64), np.array(layer.offsets, dtype=np.int64)
+    return torch.tensor(layer.primes, device=device), torch.tensor(layer.offsets, device=device)
+
+
+def _check_mask(name: str, mask: Array, ids: Array) -> None:
+    if not str(mask.dtype).endswith("bool") or mask.shape != ids.shape:
+        raise ValueError(
+            f"{name} is {mask.dtype} {list(mask.shape)}; give bool, in the shape {list(ids.shape)} of the ids"
+        )
+
+
+def _arange(count: int, like: Array) -> Any:
+    return torch.arange(count, device=like.device) if isinstance(like, torch.Tensor) else np.arange(count)
+
+
+def _namespace(array: Array) -> Any:
+    return torch if isinstance(array, torch.Tensor) else np

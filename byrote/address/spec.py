@@ -1,0 +1,228 @@
+"""AddressSpec: all the integers that take token ids to row ids, frozen, versioned, with a digest.
+
+Row of column (order n, head k) at position t, for compressed ids x (Engram paper section 2.2, equations 1 and
+2):
+
+    mix_n = XOR over j < n of x[t - j] * multipliers[j]        int64
+    row   = mix_n mod primes[n - 2][k] + offset of the column
+
+Columns are order-major and head-minor. `offsets` is the exclusive prefix sum of the primes: one table per
+layer holds all its columns. A specification is built by `contracts.py` and checked here, on construction and
+on reading: whatever would give wrong rows (an overflow, a repeated or composite modulus, a changed
+vocabulary) is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from byrote.address.vocabulary import vocabulary_digest
+
+FORMAT_VERSION = 1
+CONTRACTS = ("engram", "deepseek_v41")
+
+
+@dataclass(frozen=True)
+class LayerAddress:
+    """One memory layer: `multipliers` [max_order], `primes` [max_order - 1][heads]."""
+
+    layer_id: int
+    multipliers: tuple[int, ...]
+    primes: tuple[tuple[int, ...], ...]
+
+    @property
+    def moduli(self) -> tuple[int, ...]:
+        """The primes, one per column."""
+        return tuple(itertools.chain.from_iterable(self.primes))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(itertools.accumulate(self.moduli[:-1], initial=0))
+
+    @property
+    def rows(self) -> int:
+        return sum(self.moduli)
+
+    @property
+    def columns(self) -> int:
+        return len(self.moduli)
+
+
+@dataclass(frozen=True)
+class AddressSpec:
+    contract: str
+    format_version: int
+    vocab_size: int  # raw ids 0 .. vocab_size - 1
+    compressed_vocab_size: int
+    pad_id: int  # compressed
+    max_order: int
+    heads: int
+    seed: int
+    vocabulary_digest: str
+    layers: tuple[LayerAddress, ...]
+
+    def __post_init__(self) -> None:
+        _require(self.contract in CONTRACTS, "contract", self.contract, f"one of {', '.join(CONTRACTS)}")
+        _require(
+            self.format_version == FORMAT_VERSION, "format_version", self.format_version, f"{FORMAT_VERSION}"
+        )
+        for name in ("vocab_size", "compressed_vocab_size", "pad_id", "max_order", "heads", "seed"):
+            _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
+        classes = self.compressed_vocab_size
+        _require(
+            0 < classes <= self.vocab_size,
+            "compressed_vocab_size",
+            classes,
+            f"1 .. vocab_size ({self.vocab_size})",
+        )
+        _require(
+            0 <= self.pad_id < classes,
+            "pad_id",
+            self.pad_id,
+            f"0 .. compressed_vocab_size - 1 ({classes - 1})",
+        )
+        _require(self.max_order >= 2, "max_order", self.max_order, "at least 2")
+        _require(self.heads >= 1, "heads", self.heads, "at least 1")
+        _require(
+            _is_digest(self.vocabulary_digest), "vocabulary_digest", self.vocabulary_digest, "64 hex digits"
+        )
+        _require(len(self.layers) > 0, "layers", self.layers, "at least one layer")
+        layer_ids = [layer.layer_id for layer in self.layers]
+        _require(len(set(layer_ids)) == len(layer_ids), "layers", layer_ids, "distinct layer ids")
+        seen: set[int] = set()
+        for layer in self.layers:
+            self._check_layer(layer, seen)
+
+    def _check_layer(self, layer: LayerAddress, seen: set[int]) -> None:
+        where = f"layer {layer.layer_id}"
+        _require(
+            type(layer.layer_id) is int and layer.layer_id >= 0,
+            "layer_id",
+            layer.layer_id,
+            "an integer from 0",
+        )
+        multipliers = layer.multipliers
+        _require(
+            len(multipliers) == self.max_order
+            and all(type(m) is int and m > 0 and m % 2 for m in multipliers),
+            f"{where} multipliers", multipliers, f"{self.max_order} odd positive integers",
+        )  # fmt: skip
+        _require(
+            (self.compressed_vocab_size - 1) * max(multipliers) < 2**63,
+            f"{where} multipliers", multipliers, "small enough that no product with an id reaches 2^63",
+        )  # fmt: skip
+        _require(
+            [len(order) for order in layer.primes] == [self.heads] * (self.max_order - 1),
+            f"{where} primes", layer.primes, f"{self.max_order - 1} orders of {self.heads} heads",
+        )  # fmt: skip
+        _require(
+            all(type(p) is int and p < 2**63 and is_prime(p) for p in layer.moduli),
+            f"{where} primes", layer.primes, "primes below 2^63",
+        )  # fmt: skip
+        _require(
+            all(a < b for order in layer.primes for a, b in itertools.pairwise(order)),
+            f"{where} primes", layer.primes, "ascending within an order",
+        )  # fmt: skip
+        _require(
+            len(set(layer.moduli)) == layer.columns and seen.isdisjoint(layer.moduli),
+            f"{where} primes", layer.primes, "unique over all orders and layers",
+        )  # fmt: skip
+        seen.update(layer.moduli)
+
+    @property
+    def orders(self) -> range:
+        return range(2, self.max_order + 1)
+
+    @property
+    def columns(self) -> int:
+        return (self.max_order - 1) * self.heads
+
+    def layer(self, layer_id: int) -> LayerAddress:
+        for layer in self.layers:
+            if layer.layer_id == layer_id:
+                return layer
+        raise ValueError(
+            f"layer_id is {layer_id}; this specification has {[a.layer_id for a in self.layers]}"
+        )
+
+    def check_vocabulary(self, vocabulary: np.ndarray) -> None:
+        """Refuse a raw-to-compressed map other than the one that this specification was built for."""
+        found = vocabulary_digest(vocabulary)
+        if len(vocabulary) != self.vocab_size or found != self.vocabulary_digest:
+            raise ValueError(
+                f"vocabulary has {len(vocabulary)} ids and digest {found}; the specification expects "
+                f"{self.vocab_size} ids and digest {self.vocabulary_digest}; "
+                "use the tokenizer that the tables were made with"
+            )
+
+    @property
+    def digest(self) -> str:
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types. Multipliers may exceed 2^53: read them as 64-bit integers, not as doubles."""
+        return json.loads(json.dumps(dataclasses.asdict(self))) | {"digest": self.digest}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AddressSpec:
+        expected = {field.name for field in dataclasses.fields(cls)} | {"digest"}
+        if set(data) != expected:
+            raise ValueError(
+                f"address specification lacks the fields {sorted(expected - set(data))} and has the unknown "
+                f"fields {sorted(set(data) - expected)}; write it with AddressSpec.to_dict"
+            )
+        fields = {name: value for name, value in data.items() if name not in ("digest", "layers")}
+        try:
+            layers = tuple(
+                LayerAddress(
+                    layer_id=layer["layer_id"],
+                    multipliers=tuple(layer["multipliers"]),
+                    primes=tuple(tuple(order) for order in layer["primes"]),
+                )
+                for layer in data["layers"]
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"layers is malformed ({error}); each needs layer_id, multipliers [max_order], "
+                "primes [orders][heads]"
+            ) from error
+        spec = cls(layers=layers, **fields)
+        if spec.digest != data["digest"]:
+            raise ValueError(
+                f"digest is {data['digest']}, but the fields give {spec.digest}; "
+                "the specification was changed after it was written: restore it, or build it anew"
+            )
+        return spec
+
+
+def is_prime(number: int) -> bool:
+    """Miller-Rabin with the first twelve primes as bases, which decides every number below 3.3e24."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+    if number < 2 or any(number % base == 0 for base in bases):
+        return number in bases
+    twos = ((number - 1) & -(number - 1)).bit_length() - 1
+    odd = (number - 1) >> twos
+    for base in bases:
+        power = pow(base, odd, number)
+        if power in (1, number - 1):
+            continue
+        if not any((power := power * power % number) == number - 1 for _ in range(twos - 1)):
+            return False
+    return True
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} is {value!r}; it must be {remedy}")
