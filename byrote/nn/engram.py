@@ -1,0 +1,185 @@
+"""The Engram layer: what a memory adds to the residual streams.
+
+For position t, its concatenated rows e [d_mem], stream m of n with state h [d]; Engram paper (arXiv
+2601.07372) sections 2.3 and 2.4, equations 3 to 6:
+
+    v    = W_V e                                    one value, shared by all streams
+    k    = W_K^(m) e                                one key per stream
+    s    = <g_k * RMS(k), g_q * RMS(h)> / sqrt(d)   gains g_k, g_q per stream
+    gate = sigmoid(sign(s) sqrt(max(|s|, 1e-6)))    the signed root is in all released code, in no equation
+    u    = gate v
+    addend = u + SiLU(DWConv(g_c * RMS(u)))         causal, depthwise, with `kernel_size` taps;
+                                                    tap i weighs position t - (kernel_size - 1 - i) dilation
+
+Shapes: streams [B, T, n, d], embeddings [B, T, d_mem], addend [B, T, n, d]. The caller adds the addend to the
+streams.
+
+At s = 0 the demo's sign(0) = 0 gives the gate 1/2 and DeepSeek's kernels' copysign gives sigmoid(+-0.001): an
+option, as are the demo's biases. DeepSeek-V4.1 has neither biases nor the convolution (kernel_size = 0). The
+convolution starts at zero (paper, table 5; the demo does not); the layer as a whole does not start as the
+identity. Gate, norms and taps are computed in float32 whatever the dtype. Left out: fusing W_K and W_V into
+one matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ZeroGateRule = Literal["sign", "copysign"]
+
+
+class Gate(nn.Module):
+    """Gates [B, T, n] of streams and keys [B, T, n, d]. A module, so that a forward hook can record every
+    gate.
+    """
+
+    def __init__(self, zero_gate_rule: ZeroGateRule, eps: float) -> None:
+        super().__init__()
+        if zero_gate_rule not in ("sign", "copysign"):
+            raise ValueError(f"zero_gate_rule is {zero_gate_rule!r}; it must be 'sign' or 'copysign'")
+        self.zero_gate_rule = zero_gate_rule
+        self.eps = eps
+
+    def forward(self, streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor) -> Tensor:
+        logits = self.logits(streams, keys, query_gain, key_gain)
+        root = logits.abs().clamp_min(1e-6).sqrt()
+        signed = root * logits.sign() if self.zero_gate_rule == "sign" else torch.copysign(root, logits)
+        return signed.sigmoid()
+
+    def logits(self, streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor) -> Tensor:
+        """s, by products and sums, which autocast leaves alone."""
+        width = keys.shape[-1:]
+        queries = F.rms_norm(streams.float(), width, None, self.eps) * query_gain
+        keys = F.rms_norm(keys.float(), width, None, self.eps) * key_gain
+        return (queries * keys).sum(-1) / math.sqrt(width[0])
+
+
+class Engram(nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        memory_size: int,
+        *,
+        num_streams: int = 1,
+        kernel_size: int = 4,
+        dilation: int = 3,
+        bias: bool = False,
+        zero_gate_rule: ZeroGateRule = "sign",
+        eps: float = torch.finfo(torch.float32).eps,
+        conv_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 0 or dilation < 1:
+            raise ValueError(
+                f"kernel_size is {kernel_size} and dilation {dilation}; "
+                "give a dilation and a kernel of at least 1, or kernel_size 0 for no convolution"
+            )
+        self.num_streams, self.hidden_size = num_streams, hidden_size
+        self.kernel_size, self.dilation, self.conv_eps = kernel_size, dilation, conv_eps
+        self.key = nn.Linear(memory_size, num_streams * hidden_size, bias=bias)
+        self.value = nn.Linear(memory_size, hidden_size, bias=bias)
+        self.gate = Gate(zero_gate_rule, eps)
+        self.key_gain = nn.Parameter(torch.empty(num_streams, hidden_size))
+        self.query_gain = nn.Parameter(torch.empty(num_streams, hidden_size))
+        if kernel_size:
+            self.conv_gain = nn.Parameter(torch.empty(num_streams, hidden_size))
+            self.conv_weight = nn.Parameter(torch.empty(num_streams, hidden_size, kernel_size))
+        self.reset_gains()
+
+    def reset_gains(self, init: Any = nn.init) -> None:
+        """Gains 1, convolution 0. `init` may be transformers', which spares what a checkpoint has loaded."""
+        init.ones_(self.key_gain)
+        init.ones_(self.query_gain)
+        if self.kernel_size:
+            init.ones_(self.conv_gain)
+            init.zeros_(self.conv_weight)
+
+    @property
+    def tail_length(self) -> int:
+        """How many positions the convolution looks back."""
+        return max(self.kernel_size - 1, 0) * self.dilation
+
+    def forward(
+        self,
+        streams: Tensor,
+        embeddings: Tensor,
+        alive: Tensor | None = None,
+        starts: Tensor | None = None,
+        tail: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The addend, 0 where not alive; and the columns [B, T, n * d] that the convolution read (None
+        without one).
+
+        `tail` [B, tail_length, n * d]: the columns of the positions before, newest last, 0 where none.
+        """
+        gates = self.gates(streams, embeddings)
+        if alive is not None:
+            gates = gates.masked_fill(~alive[..., None], 0.0)
+        value = self.value(embeddings).float()[:, :, None]
+        addend = gates[..., None] * value
+        if not self.kernel_size:
+            return addend.to(streams.dtype), None
+        # RMS(u) without a pass over u: all of a stream's u is one number times v.
+        scale = gates * (gates.square() * value.square().mean(-1) + self.conv_eps).rsqrt()
+        columns = (scale[..., None] * value * self.conv_gain).to(streams.dtype)
+        update = F.silu(self._convolve(columns, _documents(alive, starts), tail))
+        if alive is not None:
+            update = update * alive[..., None, None]
+        return (addend + update).to(streams.dtype), columns.flatten(2)
+
+    def gates(self, streams: Tensor, embeddings: Tensor) -> Tensor:
+        keys = self.key(embeddings).unflatten(-1, (self.num_streams, self.hidden_size))
+        return self.gate(streams, keys, self.query_gain, self.key_gain)
+
+    def _convolve(self, columns: Tensor, documents: Tensor | None, tail: Tensor | None) -> Tensor:
+        """One shifted multiply-add per tap: a convolution kernel could not stop at a document's start."""
+        behind, tokens = self.tail_length, columns.shape[1]
+        if tail is None:
+            columns = F.pad(columns, (0, 0, 0, 0, behind, 0))
+        else:
+            before = tail.to(columns.dtype).unflatten(-1, (self.num_streams, self.hidden_size))
+            columns = torch.cat([before, columns], 1)
+        if documents is not None:
+            everywhere = F.pad(documents, (behind, 0))  # the tail belongs to document 0, the one that goes on
+        weights = self.conv_weight.float().unbind(-1)
+        total = columns[:, behind:] * weights[-1]
+        for tap in range(self.kernel_size - 1):
+            place = slice(tap * self.dilation, tap * self.dilation + tokens)
+            seen = columns[:, place]
+            if documents is not None:
+                seen = seen * (everywhere[:, place] == documents)[..., None, None]
+            total = torch.addcmul(total, seen, weights[tap])
+        return total
+
+
+class UngatedMemory(nn.Module):
+    """The control without a gate: addend = W_V e on every stream. Called as `Engram` is; nothing to carry."""
+
+    def __init__(self, hidden_size: int, memory_size: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(memory_size, hidden_size, bias=False)
+
+    def forward(
+        self,
+        streams: Tensor,
+        embeddings: Tensor,
+        alive: Tensor | None = None,
+        starts: Tensor | None = None,
+        tail: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        value = self.value(embeddings)
+        if alive is not None:
+            value = value * alive[..., None]
+        return value[:, :, None].expand_as(streams).to(streams.dtype), None
+
+
+def _documents(alive: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """Number of each position's document [B, T]. A dead position opens one, so that nothing looks past it."""
+    if starts is not None:
+        return (starts if alive is None else starts | ~alive).cumsum(1)
+    return None if alive is None else (~alive).cumsum(1)
