@@ -14,12 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from byrote.memory import Sequence, Ticket
 from byrote.models.engram.configuration import EngramConfig
-from byrote.nn.engram import Engram
+from byrote.nn.engram import Engram, UngatedMemory
 from byrote.nn.hyper import Residual
 from byrote.nn.mla import MLA, Cache
 from byrote.nn.moe import MLP, DeepSeekMoE
 from byrote.nn.rope import yarn_softmax_scale
-from byrote.nn.ungated import UngatedMemory
 
 
 class BlockOutput(NamedTuple):

@@ -26,7 +26,7 @@ from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory import MemoryStack, MemoryState, Sequence
 from byrote.memory.sequence import NO_POSITION
 from byrote.memory.state import Field
-from byrote.models.engram.block import EngramBlock
+from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
@@ -164,7 +164,7 @@ class EngramModel(EngramPreTrainedModel):
         for i, layer in enumerate(self.layers):
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
             cache = _attention_cache(past_key_values, i)
-            output = layer(streams, angles, mask, sequence, tickets.get(i), tail, cache)
+            output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
             streams = output.streams
             hidden_states.append(streams)
             if state is not None and tail is not None:

@@ -1,0 +1,55 @@
+"""Parameters and FLOPs of a config, counted from the built modules on the meta device.
+
+active: parameters that one token uses: everything but the tables (its rows are counted instead) and, of the routed
+experts, the `num_experts_per_tok` that it visits. The embedding counts as the one row that is read, unless it is tied
+to the head, which multiplies by all of it.
+
+flops_per_token: forward and backward, 6 per weight of a matrix product that the token takes part in (2 forward, 4
+backward), plus attention over an average causal context of half of `sequence_length`. Reading a row costs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from byrote.models.engram.configuration import EngramConfig
+from byrote.models.engram.modeling import EngramForCausalLM
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters, and floating-point operations of training on one token."""
+
+    total: int
+    active: int
+    table: int
+    experts: int
+    flops_per_token: int
+
+
+def count(config: EngramConfig, sequence_length: int = 256) -> Counts:
+    """Count what `config` describes; nothing is allocated."""
+    with torch.device("meta"):
+        model = EngramForCausalLM(config)
+    spec = config.spec
+    table = sum(layer.rows for layer in spec.layers) * config.memory_row_width if spec else 0
+    read = len(config.memory_layers) * config.memory_size
+    anchors = len(config.memory_layers)
+    backbone = sum(p.numel() for p in model.parameters()) - anchors
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts.experts." in name)
+    idle = experts * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
+    active = backbone - idle - unread
+    matrices = active - sum(p.numel() for p in model.parameters() if p.dim() < 2) + anchors
+    attention = config.num_hidden_layers * config.num_attention_heads * (sequence_length // 2) * (
+        config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    )
+    return Counts(
+        total=backbone + table,
+        active=active + read,
+        table=table,
+        experts=experts,
+        flops_per_token=6 * (matrices + attention),
+    )

@@ -1,0 +1,65 @@
+"""Tables under the stock transformers Trainer: one callback, `TableCallback()`.
+
+The Trainer saves tables by itself (they belong to `save_pretrained`) but brings back only the backbone: on resume and
+when it reloads the best model. The callback also saves the row state, and then brings back both. Without it the first
+forward after such a reload raises, because the backbone's generation is not the table's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from byrote.models.engram import EngramForCausalLM
+
+
+class TableCallback(TrainerCallback):
+    """`resume_from_checkpoint`: the folder given to `trainer.train`, needed only if it lies outside of the output folder."""
+
+    def __init__(self, resume_from_checkpoint: str | os.PathLike[str] | None = None) -> None:
+        self.resume_from_checkpoint = resume_from_checkpoint
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            _engram(model).save_row_state(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        given = self.resume_from_checkpoint or args.resume_from_checkpoint
+        folders = [Path(given)] if isinstance(given, str | os.PathLike) else []
+        _bring_back(_engram(model), [*folders, *Path(args.output_dir).glob("checkpoint-*")])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.best_model_checkpoint is not None:
+            _bring_back(_engram(model), [Path(state.best_model_checkpoint)])
+
+
+def _engram(model: nn.Module) -> EngramForCausalLM:
+    return next(module for module in model.modules() if isinstance(module, EngramForCausalLM))
+
+
+def _bring_back(model: EngramForCausalLM, folders: list[Path]) -> None:
+    """Load the tables of the folder whose generation is the backbone's, if the present ones are of another."""
+    memories = [] if model.model.memories is None else model.model.memories.items()
+    if all(int(memory.generation) == memory.table.generation for _, memory in memories):
+        return
+    for folder in folders:
+        try:
+            model.load_tables(folder)
+        except ValueError:
+            continue  # another moment of the training
+        model.load_row_state(folder)
+        return
+    raise ValueError(
+        f"no checkpoint among {[str(folder) for folder in folders]} holds the tables of the loaded backbone: "
+        "pass TableCallback(resume_from_checkpoint=folder)"
+    )

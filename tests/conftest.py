@@ -1,0 +1,21 @@
+"""Fixtures that several packages use."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def word_tokenizer():
+    """64 words, `t0` .. `t63`, split at blanks; t0 pads."""
+    words = Tokenizer(WordLevel({f"t{i}": i for i in range(64)}, unk_token="t1"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", unk_token="t1")
