@@ -22,6 +22,7 @@ from torch import Tensor
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 FORMAT_VERSION = 1
+HEADER = ("digest", "generation", "num_rows", "width", "codec")
 CODECS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -82,10 +83,19 @@ class RamTable:
         check_row_ids(rows, self.num_rows)
         if values.shape != (rows.numel(), self.width):
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
-        rows = rows.cpu()
-        self.rows.index_copy_(0, rows, values.to("cpu", self.rows.dtype))
-        if state is None:
-            return
+        if state is not None:
+            self._check_state(rows, state)
+        self.rows.index_copy_(0, rows.cpu(), values.to("cpu", self.rows.dtype))
+        if state is not None:
+            self._write_state(rows.cpu(), state)
+
+    def _check_state(self, rows: Tensor, state: RowState) -> None:
+        lengths = {name: value.shape[0] for name, value in state.items()}
+        if set(lengths.values()) - {rows.numel()}:
+            raise ValueError(f"rule state must have {rows.numel()} entries, one a row, got {lengths}")
+        self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
+
+    def _write_state(self, rows: Tensor, state: RowState) -> None:
         self._open_state({name: tuple(value.shape[1:]) for name, value in state.items()})
         assert self._directory is not None
         entries = self._directory.index_select(0, rows).long()
@@ -135,10 +145,13 @@ class RamTable:
                     f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
                     "take rows and row state from one checkpoint"
                 )
+        rows = arrays.pop("rows", torch.zeros(1))
+        check_row_ids(rows, self.num_rows)
+        if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
+            raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
         self._directory, self._state, self._touched = None, {}, 0
-        rows = arrays.pop("rows")
         if rows.numel():
-            self.write(rows, self.read(rows), arrays)
+            self._write_state(rows, arrays)
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
@@ -161,12 +174,14 @@ class RamTable:
         return table
 
     def _header(self) -> dict[str, Any]:
-        names = ("digest", "generation", "num_rows", "width", "codec")
-        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
+        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
 
-    def _open_state(self, fields: StateFields) -> None:
+    def _check_fields(self, fields: StateFields) -> None:
         if self._state and {name: tuple(array.shape[1:]) for name, array in self._state.items()} != dict(fields):
             raise ValueError(f"the table keeps rule state {sorted(self._state)}, the rule asks for {sorted(fields)}")
+
+    def _open_state(self, fields: StateFields) -> None:
+        self._check_fields(fields)
         if self._directory is None:
             self._directory = torch.zeros(self.num_rows, dtype=torch.int32)
             self._state = {name: torch.zeros(1, *shape) for name, shape in fields.items()}
@@ -195,8 +210,10 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if header.get("format_version") != FORMAT_VERSION:
                 version = header.get("format_version")
                 raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
-            if header.get("codec") not in CODECS:
-                raise ValueError(f"{path}: codec {header.get('codec')!r}, this byrote reads {sorted(CODECS)}")
+            if missing := [name for name in HEADER if name not in header]:
+                raise ValueError(f"{path}: the header lacks {missing}; write tables with save_pretrained or Table.save")
+            if header["codec"] not in CODECS:
+                raise ValueError(f"{path}: codec {header['codec']!r}, this byrote reads {sorted(CODECS)}")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a table ({error})") from error

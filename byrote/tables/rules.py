@@ -43,7 +43,7 @@ class LazyAdam:
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.max_norm is not None and self.max_norm <= 0:
+        if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive or None, got {self.max_norm}")
 
     def fields(self, width: int) -> StateFields:

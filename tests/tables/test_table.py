@@ -1,0 +1,379 @@
+"""The contract of `byrote.tables.Table`, for every placement and codec; a new one joins in KINDS."""
+
+import copy
+import json
+import pickle
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from byrote.memory import Memory
+from byrote.tables import RamTable, Table
+
+ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
+FIELDS = {"moment": (WIDTH,), "touches": ()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to make a table, how to open a saved one, and the dtype that a value survives in."""
+
+    make: Callable[..., Table]
+    open: Callable[..., Table]
+    stored: torch.dtype
+
+
+KINDS = {
+    f"ram-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: RamTable(*args, codec=codec, **kwargs), RamTable.open, stored
+    )
+    for codec, stored in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+}
+WANTED = {"num_rows": ROWS, "width": WIDTH, "digest": DIGEST}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request) -> Kind:
+    return request.param
+
+
+@pytest.fixture
+def table(kind) -> Table:
+    return kind.make(ROWS, WIDTH, digest=DIGEST, seed=3)
+
+
+def every_row(table: Table) -> torch.Tensor:
+    return table.read(torch.arange(table.num_rows))
+
+
+def random_state(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(rows, *shape, generator=generator) for name, shape in FIELDS.items()}
+
+
+def trained(table: Table) -> Table:
+    """A table with some rows written, with state, and two commits."""
+    for rows in (torch.tensor([7, 2, 30]), torch.tensor([2, 39])):
+        table.write(rows, torch.randn(len(rows), WIDTH), random_state(len(rows)))
+        table.commit()
+    return table
+
+
+def test_it_is_a_table(table):
+    assert isinstance(table, Table)
+    assert (table.num_rows, table.width, table.digest, table.generation) == (ROWS, WIDTH, DIGEST, 0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (5,), (2, 4), (2, 0, 3), (2, 3, 4)])
+def test_read_takes_any_shape(table, shape):
+    rows = torch.randint(0, ROWS, shape)
+    values = table.read(rows)
+    assert values.shape == (*shape, WIDTH) and values.dtype == torch.float32
+    assert torch.equal(values, every_row(table)[rows])
+
+
+def test_what_is_read_is_a_copy(table):
+    before = every_row(table)
+    every_row(table).zero_()
+    assert torch.equal(every_row(table), before)
+
+
+def test_rows_are_drawn_by_seed(kind):
+    first, same, other = (kind.make(2000, 8, digest=DIGEST, std=0.5, seed=seed) for seed in (1, 1, 2))
+    values = every_row(first)
+    assert torch.equal(values, every_row(same)) and not torch.equal(values, every_row(other))
+    assert abs(values.std() - 0.5) < 0.02 and abs(values.mean()) < 0.02
+
+
+def test_write(kind, table):
+    before, rows = every_row(table), torch.tensor([5, 0, 39])
+    values = torch.randn(3, WIDTH)
+    table.write(rows, values)
+    expected = before.clone()
+    expected[rows] = values.to(kind.stored).float()
+    assert torch.equal(every_row(table), expected)
+    table.write(rows[:0], values[:0])
+    assert torch.equal(every_row(table), expected)
+
+
+def test_state_is_zero_where_none_was_written(table):
+    rows = torch.tensor([4, 1])
+    state = table.read_state(rows, FIELDS)
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "moment": (2, WIDTH),
+        "touches": (2,),
+    }
+    assert not any(value.any() for value in state.values())
+    assert table.stats()["rows_touched"] == 0
+
+
+def test_state_of_touched_rows_only(kind):
+    """Against a dictionary, over many writes that overlap, so that the store grows several times."""
+    table = kind.make(5000, WIDTH, digest=DIGEST)
+    expected: dict[int, dict[str, torch.Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        rows = torch.randperm(5000, generator=generator)[: 20 + 60 * step]
+        state = random_state(len(rows), seed=step)
+        table.write(rows, torch.zeros(len(rows), WIDTH), state)
+        for i, row in enumerate(rows.tolist()):
+            expected[row] = {name: value[i] for name, value in state.items()}
+    read = table.read_state(torch.arange(5000), FIELDS)
+    nothing = {name: torch.zeros(shape) for name, shape in FIELDS.items()}
+    for name in FIELDS:
+        assert torch.equal(read[name], torch.stack([expected.get(row, nothing)[name] for row in range(5000)]))
+    assert 1024 < table.stats()["rows_touched"] == len(expected) < 5000
+
+
+def test_state_memory_follows_the_touched_rows(kind):
+    table = kind.make(200_000, 64, digest=DIGEST)
+    rows = torch.arange(100) * 7
+    table.write(rows, torch.zeros(100, 64), {"moment": torch.ones(100, 64)})
+    assert table.stats()["state_bytes"] < table.stats()["bytes"] / 16
+
+
+def test_a_write_without_state_keeps_the_state(table):
+    rows, state = torch.tensor([3, 8]), random_state(2)
+    table.write(rows, torch.zeros(2, WIDTH), state)
+    table.write(rows, torch.ones(2, WIDTH))
+    for name, value in table.read_state(rows, FIELDS).items():
+        assert torch.equal(value, state[name])
+
+
+def test_commit_counts_generations(table):
+    assert [table.commit(), table.commit()] == [1, 2]
+    assert table.generation == table.stats()["generation"] == 2
+
+
+def test_save_and_open(kind, table, tmp_path):
+    path = tmp_path / "table"
+    trained(table).save(path)
+    opened = kind.open(path, **WANTED)
+    assert torch.equal(every_row(opened), every_row(table))
+    assert opened.generation == table.generation == 2
+    opened.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "table"]  # no temporary file stays
+    opened.write(torch.tensor([0]), torch.ones(1, WIDTH))  # an opened table can be trained on,
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()  # which leaves its file as it was
+    opened.save(path)
+    assert torch.equal(every_row(kind.open(path, **WANTED)), every_row(opened))
+
+
+def test_save_and_load_state(kind, table, tmp_path):
+    rows, state = tmp_path / "rows", tmp_path / "state"
+    trained(table).save(rows)
+    table.save_state(state)
+    opened = kind.open(rows, **WANTED)
+    opened.write(torch.tensor([11]), torch.zeros(1, WIDTH), random_state(1))  # what is there is replaced
+    values = every_row(opened)
+    opened.load_state(state)
+    everything = torch.arange(ROWS)
+    for name, value in table.read_state(everything, FIELDS).items():
+        assert torch.equal(opened.read_state(everything, FIELDS)[name], value)
+    assert torch.equal(every_row(opened), values)
+    assert opened.stats()["rows_touched"] == 4
+    opened.save_state(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == state.read_bytes()
+
+
+def test_state_of_an_untouched_table(kind, table, tmp_path):
+    table.save_state(tmp_path / "state")
+    trained(other := kind.make(ROWS, WIDTH, digest=DIGEST))
+    other.generation = 0
+    other.load_state(tmp_path / "state")
+    assert other.stats()["rows_touched"] == 0
+    assert not other.read_state(torch.arange(ROWS), FIELDS)["moment"].any()
+
+
+def test_the_order_of_training_does_not_show_in_the_state_file(kind, tmp_path):
+    first, second = (kind.make(ROWS, WIDTH, digest=DIGEST) for _ in range(2))
+    rows, state = torch.tensor([9, 4, 25]), random_state(3)
+    first.write(rows, torch.zeros(3, WIDTH), state)
+    second.write(rows.flip(0), torch.zeros(3, WIDTH), {name: value.flip(0) for name, value in state.items()})
+    first.save_state(tmp_path / "first")
+    second.save_state(tmp_path / "second")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_deepcopy_shares(table):
+    assert copy.deepcopy(table) is table
+    assert copy.deepcopy({"tables": [table]})["tables"][0] is table
+
+
+def test_pickling_is_refused(table):
+    with pytest.raises(TypeError, match="save_pretrained"):
+        pickle.dumps(table)
+
+
+def test_a_module_does_not_own_its_table(kind, table):
+    memory = Memory(table)
+    before = every_row(table)
+    assert set(memory.state_dict()) == {"anchor", "generation"}
+    assert [name for name, _ in memory.named_parameters()] == ["anchor"]
+    for move in (memory.half, memory.double, lambda: memory.to(torch.bfloat16)):
+        move()
+        assert memory.generation.dtype == torch.int64
+        assert torch.equal(every_row(table), before)
+    assert copy.deepcopy(memory).table is table
+    with pytest.raises(TypeError, match="save_pretrained"):
+        pickle.dumps(memory)
+
+
+BAD_ROWS = {
+    "negative": torch.tensor([1, -1]),
+    "too large": torch.tensor([1, ROWS]),
+    "int32": torch.tensor([1, 2], dtype=torch.int32),
+    "float": torch.tensor([1.0, 2.0]),
+    "bool": torch.tensor([True, False]),
+}
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row_ids_are_refused_before_anything_is_written(table, rows):
+    trained(table)
+    before, state = every_row(table), table.read_state(torch.arange(ROWS), FIELDS)
+    for call in (
+        lambda: table.read(rows),
+        lambda: table.read_state(rows, FIELDS),
+        lambda: table.write(rows, torch.ones(2, WIDTH), random_state(2)),
+    ):
+        with pytest.raises(ValueError, match="row"):
+            call()
+    assert torch.equal(every_row(table), before)
+    for name, value in table.read_state(torch.arange(ROWS), FIELDS).items():
+        assert torch.equal(value, state[name])
+
+
+BAD_WRITES = {
+    "too few values": (torch.ones(1, WIDTH), None),
+    "too wide": (torch.ones(2, WIDTH + 1), None),
+    "other fields": (torch.ones(2, WIDTH), {"velocity": torch.ones(2, WIDTH)}),
+    "a field of another shape": (
+        torch.ones(2, WIDTH),
+        {"moment": torch.ones(2, WIDTH + 1), "touches": torch.ones(2)},
+    ),
+    "state of fewer rows": (torch.ones(2, WIDTH), {"moment": torch.ones(1, WIDTH), "touches": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize(("values", "state"), BAD_WRITES.values(), ids=BAD_WRITES)
+def test_a_bad_write_writes_nothing(table, values, state):
+    trained(table)
+    before, kept = every_row(table), table.read_state(torch.arange(ROWS), FIELDS)
+    with pytest.raises(ValueError):
+        table.write(torch.tensor([1, 2]), values, state)
+    assert torch.equal(every_row(table), before)
+    for name, value in table.read_state(torch.arange(ROWS), FIELDS).items():
+        assert torch.equal(value, kept[name])
+
+
+def test_bad_sizes_and_codecs_are_refused():
+    for sizes in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="at least one"):
+            RamTable(*sizes, digest=DIGEST)
+    with pytest.raises(ValueError, match="codec must be one of"):
+        RamTable(4, 4, digest=DIGEST, codec="fp16")
+
+
+def rewrite(path: Path, *, arrays=None, **header) -> None:
+    """Write a saved file again with something changed; a header field None is left out."""
+    with safe_open(path, framework="pt") as file:
+        old = json.loads(file.metadata()["byrote"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    merged = {name: value for name, value in {**old, **header}.items() if value is not None}
+    save_file(tensors if arrays is None else arrays, path, {"byrote": json.dumps(merged)})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+BAD_FILES = {
+    "absent": (Path.unlink, "no such table file"),
+    "truncated": (truncate, "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated"),
+    "something else": (lambda path: path.write_text("{}" * 50), "truncated or not a table"),
+    "any safetensors": (
+        lambda path: save_file({"rows": torch.ones(ROWS, WIDTH)}, path),
+        "format_version None",
+    ),
+    "newer": (lambda path: rewrite(path, format_version=2), "format_version 2, this byrote reads 1"),
+    "another codec": (lambda path: rewrite(path, codec="fp4"), "codec 'fp4'"),
+    "another digest": (lambda path: rewrite(path, digest="e" * 64), "digest is e+, the model needs d+"),
+    "no digest": (lambda path: rewrite(path, digest=None), "lacks .'digest'"),
+    "no generation": (lambda path: rewrite(path, generation=None), "lacks .'generation'"),
+    "more rows": (
+        lambda path: rewrite(path, num_rows=ROWS + 1),
+        f"num_rows is {ROWS + 1}, the model needs {ROWS}",
+    ),
+    "wider": (lambda path: rewrite(path, width=WIDTH + 1), "width is 4, the model needs 3"),
+    "fewer rows than it says": (
+        lambda path: rewrite(path, arrays={"rows": torch.ones(2, WIDTH)}),
+        "as its header says",
+    ),
+    "another dtype": (
+        lambda path: rewrite(path, arrays={"rows": torch.ones(ROWS, WIDTH, dtype=torch.float16)}),
+        "got torch.float16",
+    ),
+    "no rows": (lambda path: rewrite(path, arrays={"other": torch.ones(1)}), "no tensor"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_refused(kind, table, tmp_path, spoil, message):
+    path = tmp_path / "table"
+    table.save(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as error:
+        kind.open(path, **WANTED)
+    assert str(path) in str(error.value)
+
+
+BAD_STATES = {
+    "absent": (Path.unlink, "no such"),
+    "truncated": (truncate, "truncated"),
+    "another digest": (lambda path: rewrite(path, digest="e" * 64), "row state has digest"),
+    "another moment": (lambda path: rewrite(path, generation=1), "generation 1, the table has 2"),
+    "rows only": (lambda path: rewrite(path, arrays={"other": torch.ones(1)}), "rows"),
+    "row ids that leave the table": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([ROWS]), "moment": torch.ones(1, WIDTH)}),
+        "leave the table",
+    ),
+    "fewer entries than rows": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1, 2]), "moment": torch.ones(1, WIDTH)}),
+        "moment",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_bad_state_file_is_refused_and_changes_nothing(table, tmp_path, spoil, message):
+    path = tmp_path / "state"
+    trained(table).save_state(path)
+    spoil(path)
+    kept = table.read_state(torch.arange(ROWS), FIELDS)
+    with pytest.raises(ValueError, match=message):
+        table.load_state(path)
+    for name, value in table.read_state(torch.arange(ROWS), FIELDS).items():
+        assert torch.equal(value, kept[name])
+
+
+def test_nothing_is_drawn_before_it_is_read(kind):
+    """A billion rows are named, counted and moved about at no cost."""
+    before = virtual_bytes()
+    table = kind.make(10**9, 64, digest=DIGEST)
+    memory = Memory(table).to(torch.bfloat16)
+    copy.deepcopy(memory).state_dict()
+    assert table.stats()["bytes"] >= 2 * 64 * 10**9
+    assert virtual_bytes() - before < 100 << 20
+
+
+def virtual_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
