@@ -54,8 +54,8 @@ class Gate(nn.Module):
     def logits(self, streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor) -> Tensor:
         """s, by products and sums, which autocast leaves alone."""
         width = keys.shape[-1:]
-        queries = F.rms_norm(streams.float(), width, None, self.eps) * query_gain
-        keys = F.rms_norm(keys.float(), width, None, self.eps) * key_gain
+        queries = F.rms_norm(_at_least_float32(streams), width, None, self.eps) * query_gain
+        keys = F.rms_norm(_at_least_float32(keys), width, None, self.eps) * key_gain
         return (queries * keys).sum(-1) / math.sqrt(width[0])
 
 
@@ -112,22 +112,21 @@ class Engram(nn.Module):
         starts: Tensor | None = None,
         tail: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The addend, 0 where not alive; and the columns [B, T, n * d] that the convolution read (None
-        without one).
+        """The addend, 0 where not alive; and the columns [B, T, n * d] that the convolution read, or None.
 
         `tail` [B, tail_length, n * d]: the columns of the positions before, newest last, 0 where none.
         """
         gates = self.gates(streams, embeddings)
         if alive is not None:
             gates = gates.masked_fill(~alive[..., None], 0.0)
-        value = self.value(embeddings).float()[:, :, None]
+        value = _at_least_float32(self.value(embeddings))[:, :, None]
         addend = gates[..., None] * value
         if not self.kernel_size:
             return addend.to(streams.dtype), None
         # RMS(u) without a pass over u: all of a stream's u is one number times v.
         scale = gates * (gates.square() * value.square().mean(-1) + self.conv_eps).rsqrt()
         columns = (scale[..., None] * value * self.conv_gain).to(streams.dtype)
-        update = F.silu(self._convolve(columns, _documents(alive, starts), tail))
+        update = self.convolve(columns, _documents(alive, starts), tail)
         if alive is not None:
             update = update * alive[..., None, None]
         return (addend + update).to(streams.dtype), columns.flatten(2)
@@ -136,8 +135,11 @@ class Engram(nn.Module):
         keys = self.key(embeddings).unflatten(-1, (self.num_streams, self.hidden_size))
         return self.gate(streams, keys, self.query_gain, self.key_gain)
 
-    def _convolve(self, columns: Tensor, documents: Tensor | None, tail: Tensor | None) -> Tensor:
-        """One shifted multiply-add per tap: a convolution kernel could not stop at a document's start."""
+    def convolve(self, columns: Tensor, documents: Tensor | None, tail: Tensor | None) -> Tensor:
+        """SiLU(DWConv(columns)), [B, T, n, d]; `documents` [B, T] numbers the documents, None if there is one.
+
+        One shifted multiply-add per tap: a convolution kernel could not stop where a document starts.
+        """
         behind, tokens = self.tail_length, columns.shape[1]
         if tail is None:
             columns = F.pad(columns, (0, 0, 0, 0, behind, 0))
@@ -146,7 +148,7 @@ class Engram(nn.Module):
             columns = torch.cat([before, columns], 1)
         if documents is not None:
             everywhere = F.pad(documents, (behind, 0))  # the tail belongs to document 0, the one that goes on
-        weights = self.conv_weight.float().unbind(-1)
+        weights = _at_least_float32(self.conv_weight).unbind(-1)
         total = columns[:, behind:] * weights[-1]
         for tap in range(self.kernel_size - 1):
             place = slice(tap * self.dilation, tap * self.dilation + tokens)
@@ -154,7 +156,7 @@ class Engram(nn.Module):
             if documents is not None:
                 seen = seen * (everywhere[:, place] == documents)[..., None, None]
             total = torch.addcmul(total, seen, weights[tap])
-        return total
+        return F.silu(total)
 
 
 class UngatedMemory(nn.Module):
@@ -176,6 +178,10 @@ class UngatedMemory(nn.Module):
         if alive is not None:
             value = value * alive[..., None]
         return value[:, :, None].expand_as(streams).to(streams.dtype), None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _documents(alive: Tensor | None, starts: Tensor | None) -> Tensor | None:

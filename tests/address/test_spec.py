@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from byrote.address import AddressSpec, deepseek_v41, engram
-from byrote.address.contracts import multiplier_half_bound
+from byrote.address.contracts import draw_multipliers, multiplier_half_bound
 from byrote.address.spec import is_prime
 
 IDENTITY = np.arange(1000)
@@ -168,3 +168,20 @@ def test_check_vocabulary_names_both_digests():
 def test_unknown_layer_is_named():
     with pytest.raises(ValueError, match=r"\[1, 4\]"):
         small().layer(2)
+
+
+@pytest.mark.parametrize(("classes", "layer_id", "seed"), [(98627, 1, 0), (99092, 14, 0), (3, 2, 12345)])
+def test_multipliers_from_integers_alone(classes, layer_id, seed):
+    """The generator as docs/formats.md gives it to engines without NumPy."""
+    word = [int(w) for w in np.random.SeedSequence(seed + 10007 * layer_id).generate_state(4, np.uint64)]
+    factor, mask = 0x2360ED051FC65DA44385DF649FCCF645, 2**128 - 1
+    increment = ((word[2] << 64 | word[3]) << 1 | 1) & mask
+    state = (increment + (word[0] << 64 | word[1])) * factor + increment & mask
+    bound, drawn = multiplier_half_bound(classes), []
+    while len(drawn) < 4:
+        state = state * factor + increment & mask
+        mixed, rotation = (state >> 64 ^ state) % 2**64, state >> 122
+        output = (mixed >> rotation | mixed << (-rotation % 64)) % 2**64
+        if output * bound % 2**64 >= 2**64 % bound:
+            drawn.append(2 * (output * bound >> 64) + 1)
+    assert tuple(drawn) == draw_multipliers(classes, 4, layer_id, seed)
