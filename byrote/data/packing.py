@@ -12,8 +12,7 @@ it); the model shifts them, so that the first token of a row is not predicted ei
 
 Validation is one pass in the stored order. Its rows overlap by one token, the last of a row being the
 first of the next, so that every token but a document's first is predicted exactly once, and the mean is
-over all of the text. The last row is filled up with pad tokens; where that happens, attention_mask is
-given.
+over all of the text. What is left at the end is a shorter row, a batch of its own: nothing is padded.
 """
 
 import itertools
@@ -112,26 +111,23 @@ class Packer:
             self._epoch = epoch
 
 
-def validation_batches(
-    data: Tokens, batch_size: int, length: int, pad_id: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """One pass over all documents; see the module's docstring. Rank r of `world` takes batches r, r +
-    world, ...
-    """
-    stride = length - 1
-    rows = max(1, -(-(len(data) - 1) // stride))
+def validation_batches(data: Tokens, batch_size: int, length: int) -> Iterator[Batch]:
+    """One pass over all documents; see the module's docstring."""
     starts = np.zeros(len(data), bool)
     starts[data.offsets[:-1]] = True
-    for number, first in enumerate(range(0, rows, batch_size)):
-        if number % world != rank:
-            continue
-        packed = []
-        for row in range(first, min(first + batch_size, rows)):
-            at, end = row * stride, min(row * stride + length, len(data))
-            cuts = [at, *(np.flatnonzero(starts[at + 1 : end]) + at + 1), end]
-            pieces = [(data.tokens[a:b], bool(starts[a])) for a, b in itertools.pairwise(cuts)]
-            packed.append(_join(pieces))
-        yield _stack(packed, length, pad_id)
+
+    def row(at: int, end: int) -> Row:
+        cuts = [at, *(np.flatnonzero(starts[at + 1 : end]) + at + 1), end]
+        return _join([(data.tokens[a:b], bool(starts[a])) for a, b in itertools.pairwise(cuts)])
+
+    stride = length - 1
+    whole, rest = divmod(len(data) - 1, stride)
+    for first in range(0, whole, batch_size):
+        yield _stack(
+            [row(i * stride, i * stride + length) for i in range(first, min(first + batch_size, whole))]
+        )
+    if rest:
+        yield _stack([row(whole * stride, len(data))])
 
 
 def _join(pieces: list[tuple[np.ndarray, bool]]) -> Row:
@@ -147,21 +143,9 @@ def _join(pieces: list[tuple[np.ndarray, bool]]) -> Row:
     return ids, positions, labels
 
 
-def _stack(rows: list[Row], length: int = 0, pad_id: int = 0) -> Batch:
-    """Rows to a batch; rows shorter than `length` are filled up."""
-    missing = max(0, length - min(len(ids) for ids, _, _ in rows)) if length else 0
-    fills = (pad_id, 0, IGNORED)
-    arrays = []
-    for parts, fill in zip(zip(*rows, strict=True), fills, strict=True):
-        width = max(length, len(parts[0]))
-        arrays.append(
-            np.stack([np.pad(part, (0, width - len(part)), constant_values=fill) for part in parts])
-        )
-    batch = {
-        name: torch.from_numpy(array)
-        for name, array in zip(("input_ids", "position_ids", "labels"), arrays, strict=True)
+def _stack(rows: list[Row]) -> Batch:
+    names = ("input_ids", "position_ids", "labels")
+    return {
+        name: torch.from_numpy(np.stack(part))
+        for name, part in zip(names, zip(*rows, strict=True), strict=True)
     }
-    if missing:
-        lengths = torch.tensor([len(ids) for ids, _, _ in rows])
-        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
-    return batch

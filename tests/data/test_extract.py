@@ -64,7 +64,8 @@ def test_r_data_and_chapters():
 def test_sword(tmp_path):
     book = (
         b'<title>Ruth</title><chapter osisID="Ruth.1" sID="Ruth.1"/><div sID="g1" type="x-p"/>'
-        b'<w lemma="s:1">In</w> the days<note n="a">or: time</note>.<div eID="g1"/> <div sID="g2"/>And<chapter eID="Ruth.1"/> tail'
+        b'<w lemma="s:1">In</w> the days<note n="a">or: time</note>.<div eID="g1"/> <div sID="g2"/>'
+        b'And<chapter eID="Ruth.1"/> tail'
     )
     block = zlib.compress(book)
     for testament in ("ot", "nt"):
@@ -105,7 +106,8 @@ def test_packages_are_unpacked_once_and_a_missing_tool_is_named(tmp_path, monkey
     # A stand-in for the client: it writes the archive where `npm pack` would.
     source = tmp_path / "index.txt"
     source.write_text("hello")
-    make = f"import tarfile\nwith tarfile.open('x.tgz', 'w:gz') as t: t.add({str(source)!r}, 'package/index.txt')"
+    make = "import tarfile\nwith tarfile.open('x.tgz', 'w:gz') as file:\n"
+    make += f"    file.add({str(source)!r}, 'package/index.txt')"
     command = [packages.sys.executable, "-c", make]
     folder = packages._unpacked("npm", "@scope/x@1", tmp_path / "packages", command, needs=())
     assert (folder / "package/index.txt").read_text() == "hello"

@@ -1,0 +1,1 @@
+"""Training: recipes, the one optimizer, the loop, checkpoints, evaluation."""

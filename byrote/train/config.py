@@ -1,0 +1,180 @@
+"""Recipes: a TOML file -> frozen dataclasses. Unknown keys are errors that name the nearest one.
+
+    [model]  preset, and any field of EngramConfig      [data]  what to read       [train]  how to train
+
+`key.path=value` overrides one key, with a TOML value: model.hidden_size=96 data.corpus="prose"
+train.steps=200 (a bare word that is no TOML value is taken as a string).
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from byrote.data.prepare import Options
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    preset: str = "nano"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    corpus: str = "factbook"  # a name of `byrote data --list`, files:PATTERN or hf:NAME
+    folder: str = ""  # where the prepared corpus lies; data/NAME unless given
+    vocab_size: int = 8192
+    tokenizer: str = ""  # a tokenizer folder to use instead of training one
+    validation: float = 0.09  # share of the documents
+    text_field: str = "text"
+    length: int = 256  # tokens in a row
+
+    @property
+    def options(self) -> Options:
+        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    steps: int = 1000
+    batch_size: int = 16  # rows in one optimizer step, over all processes
+    micro_batch_size: int = 0  # rows in one forward; 0: all that a process holds
+    learning_rate: float = 1e-3
+    row_rate: float = 5.0  # the tables' rate, as a multiple
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # norm of the dense gradient; 0: off
+    schedule: str = "cosine"  # or "constant"
+    warmup: int = 50  # steps
+    final_rate: float = 0.1  # of the cosine, as a share of learning_rate
+    precision: str = "float32"  # or "bfloat16": autocast
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int = 200  # steps; 0: at the end only
+    eval_batches: int = 0  # of an evaluation on the way; 0: all. The last evaluation is of all
+    log_every: int = 10
+    checkpoint_every: int = 500  # steps; 0: at the end only
+    keep: int = 2  # checkpoints
+    read_ahead: int = 4  # batches
+    threads: int = 0  # of torch; 0: as it is
+    max_seconds: float = 0.0  # stop cleanly after so long; 0: off. Where it stops depends on the machine
+    prompt: str = ""  # of the sample at the end; the beginning of a validation document unless given
+    sample_tokens: int = 80
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "steps": 1,
+            "batch_size": 1,
+            "keep": 1,
+            "log_every": 1,
+            "warmup": 0,
+            "micro_batch_size": 0,
+        }
+        at_least |= {"eval_every": 0, "eval_batches": 0, "checkpoint_every": 0, "read_ahead": 0, "threads": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, allowed in {
+            "schedule": ("cosine", "constant"),
+            "precision": ("float32", "bfloat16"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """Read a recipe (.toml, or the recipe.json of a run folder) and apply `key.path=value` overrides."""
+        if not path.exists():
+            raise ValueError(f"no recipe {path}; the ones that come with byrote are in recipes/")
+        try:
+            content = (
+                json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+            )
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a recipe: {error}") from error
+        for override in overrides:
+            _apply(content, override)
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Recipe":
+        _check(content, ("model", "data", "train"), "")
+        for name, section in content.items():
+            if not isinstance(section, dict):
+                raise ValueError(
+                    f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE"
+                )
+        model = dict(content.get("model", {}))
+        _check(model, ("preset", *model_fields()), "model.")
+        parts = {name: _section(kind, content.get(name, {}), name) for name, kind in _SECTIONS.items()}
+        return cls(ModelRecipe(model.pop("preset", ModelRecipe.preset), model), **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        content = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS}
+        return {"model": {"preset": self.model.preset, **self.model.overrides}, **content}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+_SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}
+
+
+def model_fields() -> list[str]:
+    """The fields of EngramConfig that a recipe may set; those of the vocabulary come from the tokenizer."""
+    from byrote.models.engram import EngramConfig
+
+    names = list(inspect.signature(EngramConfig).parameters)
+    return [name for name in names if name not in ("kwargs", "vocabulary", "address", "vocab_size")]
+
+
+def _section(kind: Any, content: dict[str, Any], name: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _check(content, fields, f"{name}.")
+    values = {}
+    for key, value in content.items():
+        default = fields[key].default
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise ValueError(
+                f"{name}.{key} is {value!r}; it must be a {type(default).__name__}, like {default!r}"
+            )
+        values[key] = value
+    return kind(**values)
+
+
+def _check(content: Iterable[str], known: Iterable[str], prefix: str) -> None:
+    known = list(known)
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}."
+            raise ValueError(f"unknown key {prefix}{key}: {hint}")
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    *sections, key = path.split(".")
+    if not equals or len(sections) != 1:
+        raise ValueError(f"{override!r} is no override; write section.key=value, such as train.steps=200")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    content.setdefault(sections[0], {})[key] = value

@@ -1,0 +1,62 @@
+"""Validation loss: mean nats per predicted token, and bits per byte of the text.
+
+    bits per byte = total nats / ln 2 / bytes of the validation text
+
+Bits per byte compares models with different tokenizers. Tokens that end documents are counted in the nats.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from byrote.data.packing import Tokens, predicted, validation_batches
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to evaluate on: the tokens and the bytes they stand for; the shape of batches."""
+
+    data: Tokens
+    bytes: int
+    batch_size: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float  # nats per token
+    bits_per_byte: float | None  # None where only a part was evaluated
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, validation: Validation, precision: str = "float32", batches: int = 0) -> Score:
+    """`batches`: how many of the batches, spread over the text; 0: all. Ranks share them and get the same
+    score.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    selected = validation_batches(validation.data, validation.batch_size, validation.length)
+    if batches:
+        whole = (len(validation.data) - 1) // (validation.length - 1) // validation.batch_size
+        every = max(1, whole // batches)
+        selected = itertools.islice(selected, 0, every * batches, every)
+    nats, tokens = 0.0, 0
+    for batch in itertools.islice(selected, rank, None, world):
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            nats += float(model(**on_device, num_items_in_batch=1, use_cache=False).loss)
+        tokens += predicted(batch)
+    if world > 1:
+        total = torch.tensor([nats, tokens], dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        nats, tokens = float(total[0]), int(total[1])
+    model.train(training)
+    bits = nats / math.log(2) / validation.bytes if tokens == validation.data.predicted else None
+    return Score(nats / max(1, tokens), bits, tokens)

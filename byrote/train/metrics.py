@@ -1,0 +1,69 @@
+"""metrics.jsonl of a run: a line for each logged step and for each evaluation; and the picture of them.
+
+{"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "rows_touched", "max_violation"}
+{"step", "tokens", "seconds", "val_loss", "bits_per_byte"}
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    def __init__(self, path: Path, step: int = 0):
+        """Continue at `step`: what an interrupted run wrote after its checkpoint is dropped."""
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, **record: Any) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    """Training loss (thin, smoothed over the last tenth of what came before) and validation loss of each
+    run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for index, (name, records) in enumerate(runs.items()):
+        color = f"C{index}"
+        train = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
+        validation = [(record["tokens"], record["val_loss"]) for record in records if "val_loss" in record]
+        if train:
+            axes.plot([t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6)
+        if validation:
+            label = f"{name}, validation (last {validation[-1][1]:.3f})"
+            axes.plot(*zip(*validation, strict=True), color=color, marker="o", ms=4, lw=1.6, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set_xlabel("training tokens (log)")
+    axes.set_ylabel("loss, nats per token (log)")
+    axes.set_title(f"{title}\nthin: training, smoothed")
+    axes.grid(True, which="both", alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over the last tenth of the values so far: little smoothing where the curve is steep."""
+    smoothed = []
+    for i in range(len(values)):
+        window = values[i - i // 10 : i + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed

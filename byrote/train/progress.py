@@ -1,0 +1,74 @@
+"""Live progress of a run: one moving line on a terminal, a line now and then elsewhere (a log, CI)."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES = 10  # of a run, where there is no terminal
+
+
+class Live:
+    """`with Live(console, name, steps) as live:` and hand `live.report` to the Trainer."""
+
+    def __init__(self, console: Console, name: str, steps: int):
+        self.console, self.name, self.steps = console, name, steps
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(name, total=steps, facts="")
+
+    def __enter__(self) -> "Live":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def report(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if "val_loss" in record:
+            bits = f", {record['bits_per_byte']:.4f} bits per byte" if record["bits_per_byte"] else ""
+            self.console.print(f"{self.name} step {step}: validation loss {record['val_loss']:.4f}{bits}")
+            return
+        facts = f"loss {record['loss']:.3f} lr {record['lr']:.1e} {record['tokens_per_second']:,.0f} tok/s"
+        if record.get("rows_touched"):
+            facts += f" {record['rows_touched']:,} rows"
+        self.bar.update(self.task, completed=step, facts=facts)
+        if not self.console.is_terminal and (step == 1 or step % max(1, self.steps // LINES) == 0):
+            left = record["seconds"] / step * (self.steps - step)
+            self.console.print(f"{self.name} {step}/{self.steps} {facts}, about {left:.0f} s left")
+
+
+class DataLive:
+    """The same for the preparation of a corpus; its `report` is that of `byrote.data.prepare`."""
+
+    def __init__(self, console: Console, name: str):
+        self.console, self.name = console, name
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "DataLive":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def report(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.bar.add_task(f"{self.name}: {what}", total=total)
+            if not self.console.is_terminal:
+                self.console.print(f"{self.name}: {what}")
+        self.bar.update(self.tasks[what], completed=done)

@@ -1,0 +1,245 @@
+"""The training loop. One optimizer step, on any number of processes and micro-batches:
+
+    N = predicted tokens of the step's batch, over all of its rows on all processes
+    each micro-batch: loss = sum of its nats / (N / world), backward; DDP then averages over the processes
+    clip the norm of the dense gradient; optimizer.step(); schedule
+
+so the gradient is that of the mean over N tokens, however the rows were split. Nothing depends on the
+clock (unless `max_seconds` is set), and all randomness is in the checkpoint: a resumed run equals the
+uninterrupted one to the last bit.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from byrote.data.loader import Loader
+from byrote.data.packing import Batch, predicted
+from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint
+from byrote.train.config import TrainRecipe
+from byrote.train.evaluate import Score, Validation, evaluate
+from byrote.train.metrics import Metrics
+from byrote.train.schedule import schedule
+
+
+class Interrupted(Exception):
+    """A signal, or the time budget, stopped the run after a whole step; its checkpoint is saved."""
+
+    def __init__(self, reason: str, step: int, checkpoint: Path):
+        super().__init__(f"{reason} after step {step}; saved {checkpoint}")
+        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    score: Score
+    tokens: int
+    seconds: float  # of training steps: evaluation and saving are not in it
+    checkpoint: Path
+
+
+class Trainer:
+    """Trains `model` in the folder `run`. With a checkpoint, `model` must have been loaded from it.
+
+    `report(record)` is called with each record that goes to metrics.jsonl, and with {"step"} after each step.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        loader: Loader,
+        validation: Validation,
+        run: Path,
+        tokenizer: Any = None,
+        checkpoint: Path | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda record: None,
+    ):
+        self.recipe, self.model, self.optimizer, self.loader = recipe, model, optimizer, loader
+        self.validation, self.run, self.tokenizer, self.report = validation, run, tokenizer, report
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = next(model.parameters()).device
+        self.schedule = schedule(optimizer, recipe)
+        self.step, self.seconds = 0, 0.0
+        self._signal = ""
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpoint:
+            self._restore(checkpoint)
+        self.parallel: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
+        self.metrics = Metrics(run / "metrics.jsonl", self.step) if self.rank == 0 else None
+
+    def train(self) -> Result:
+        """Train to the recipe's last step. Interrupted where a signal or the time budget stops it."""
+        self.model.train()
+        checkpoint: Path | None = None
+        with self._signals():
+            while self.step < self.recipe.steps:
+                reason = self._train_step()
+                checkpoint = None
+                last = self.step == self.recipe.steps
+                if reason and not last:
+                    raise Interrupted(reason, self.step, self.save())
+                if not last and _due(self.step, self.recipe.eval_every):
+                    self._evaluate(self.recipe.eval_batches)
+                if _due(self.step, self.recipe.checkpoint_every):
+                    checkpoint = self.save()
+        score = self._evaluate(0)
+        checkpoint = checkpoint or self.save()
+        self.loader.close()
+        return Result(score, self.tokens, self.seconds, checkpoint)
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.loader.packer.batch_size * self.loader.packer.length
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, between two steps. All ranks call it; rank 0 writes."""
+        states: list[Any] = [random_states()]
+        if self.world > 1:
+            states = [None] * self.world
+            dist.all_gather_object(states, random_states())
+        training = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loader": self.loader.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": states,
+        }
+        saved = [""]
+        if self.rank == 0:
+            path = save_checkpoint(
+                self.run, self.step, self.model, self.tokenizer, training, self.recipe.keep
+            )
+            saved = [str(path)]
+        if self.world > 1:
+            dist.broadcast_object_list(saved)
+        return Path(saved[0])
+
+    def _restore(self, checkpoint: Path) -> None:
+        training = load_training(checkpoint, self.model)
+        if len(training["random"]) != self.world:
+            before = len(training["random"])
+            raise ValueError(
+                f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many"
+            )
+        self.step, self.seconds = training["step"], training["seconds"]
+        self.loader.load_state_dict(training["loader"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.schedule.load_state_dict(training["schedule"])
+        restore_random_states(training["random"][self.rank])
+
+    def _train_step(self) -> str:
+        """One optimizer step; returns why to stop, or nothing."""
+        began = time.perf_counter()
+        batch = next(self.loader)
+        facts = torch.tensor([predicted(batch), bool(self._signal), self._overdue()], dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(facts)
+        items, stopped, overdue = facts.tolist()
+        loss = torch.zeros((), device=self.device)
+        parts = self._micro_batches(batch)
+        for i, part in enumerate(parts):
+            with self._no_exchange() if i < len(parts) - 1 else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
+                ):
+                    # Without a cache: given one, Hugging Face models do not keep packed documents apart.
+                    outputs = self.parallel(**part, num_items_in_batch=items / self.world, use_cache=False)
+                outputs.loss.backward()
+            loss += outputs.loss.detach()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        clip = self.recipe.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient is not finite at step {self.step + 1} (loss {float(loss) / self.world:.4g}); "
+                "lower train.learning_rate, or raise train.warmup, and start from an earlier checkpoint"
+            )
+        rates = self.schedule.get_last_lr()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+        took = time.perf_counter() - began
+        self.seconds += took
+        self._log(float(loss) / self.world, float(rates[0]), norm, took)
+        return (self._signal or "signal") if stopped else "the time budget ended" if overdue else ""
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        rows = len(batch["input_ids"])
+        size = self.recipe.micro_batch_size or rows
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return [
+            {name: tensor[at : at + size] for name, tensor in moved.items()} for at in range(0, rows, size)
+        ]
+
+    def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def _overdue(self) -> bool:
+        return 0 < self.recipe.max_seconds < self.seconds
+
+    def _log(self, loss: float, rate: float, norm: float, took: float) -> None:
+        if self.rank:
+            return
+        record: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+        record |= {"loss": loss, "lr": rate, "grad_norm": norm}
+        packer = self.loader.packer
+        record["tokens_per_second"] = round(packer.batch_size * packer.length / took, 1)
+        for name in ("rows_touched", "max_violation"):
+            if hasattr(self.optimizer, name):
+                record[name] = getattr(self.optimizer, name)
+        if self.metrics and (_due(self.step, self.recipe.log_every) or self.step == 1):
+            self.metrics.write(**record)
+        self.report(record)
+
+    def _evaluate(self, batches: int) -> Score:
+        score = evaluate(self.model, self.validation, self.recipe.precision, batches)
+        if self.metrics:
+            record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
+            record |= {"seconds": round(self.seconds, 3)}
+            record |= {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+            self.metrics.write(**record)
+            self.report(record)
+        return score
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step; a second SIGINT ends it at once."""
+
+        def note(number: int, frame: Any) -> None:
+            if self._signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signal = signal.Signals(number).name
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(number, note) for number in numbers]
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
