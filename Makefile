@@ -1,0 +1,41 @@
+# One environment in .venv, made when it is needed. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+.PHONY: demo test test-all check gpu clean
+
+demo: .venv/.installed
+	$(BIN)/byrote demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+test-all: .venv/.installed-dev
+	$(BIN)/python -m pytest -m ""
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+gpu: .venv/.installed-dev
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache runs data *.egg-info
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "byrote needs Python 3.11 or newer, and $(PYTHON) is not; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/.made
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/.made
+	$(INSTALL) -e '.[dev]'
+	touch $@ .venv/.installed

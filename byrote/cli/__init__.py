@@ -1,0 +1,1 @@
+"""The command `byrote`, one file a verb."""

@@ -1,0 +1,87 @@
+"""`byrote info`: what a model or a run consists of."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# A parameter belongs to the first part whose mark is in its name.
+PARTS = {
+    "embedding and head": ("embed_tokens", "lm_head"),
+    "attention": (".attention.", ".self_attn."),
+    "routed experts": (".experts.experts.",),
+    "router": (".router.",),
+    "shared experts and dense layers": (".experts.", ".mlp."),
+    "memory: gates, projections, convolution": (".memory.",),
+    "norms": ("norm",),
+}
+
+
+def info(
+    folder: Annotated[Path, typer.Argument(help="A run folder or any Hugging Face model folder.")],
+    config: Annotated[bool, typer.Option("--config", help="Print the whole config too.")] = False,
+) -> None:
+    """Show a model's parameters by part, its tables and addresses, and a run's checkpoints."""
+    from byrote.cli.models import load, model_folder
+    from byrote.models.engram import EngramConfig
+
+    console = Console()
+    found = model_folder(folder)
+    model, _ = load(folder)
+    console.print(f"{found}: {type(model).__name__}", highlight=False, soft_wrap=True)
+    console.print(_parameters(model))
+    if isinstance(model.config, EngramConfig):
+        _engram(console, model)
+    if found != folder:
+        _run(console, folder)
+    if config:
+        console.print_json(json.dumps(model.config.to_dict(), default=str))
+
+
+def _parameters(model: Any) -> Table:
+    sizes = dict.fromkeys([*PARTS, "other"], 0)
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".anchor"):
+            part = next(
+                (part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other"
+            )
+            sizes[part] += parameter.numel()
+    table = Table("parameters", box=None, pad_edge=False)
+    table.add_column(justify="right")
+    for part, size in sizes.items():
+        if size:
+            table.add_row(part, f"{size:,}")
+    table.add_row("all but tables", f"{sum(sizes.values()):,}", style="bold")
+    return table
+
+
+def _engram(console: Console, model: Any) -> None:
+    from byrote.models.engram.counts import count
+
+    memories = model.model.memories
+    if memories is not None:
+        table = Table("tables", "rows", "width", "bytes", "generation", box=None, pad_edge=False)
+        for layer_id, memory in memories.items():
+            stats = memory.table.stats()
+            cells = (f"{stats[field]:,}" for field in ("num_rows", "width", "bytes", "generation"))
+            table.add_row(f"layer {layer_id}", *cells)
+        console.print(table)
+        console.print(f"addresses: {memories.spec.contract}, digest {memories.spec.digest}", soft_wrap=True)
+    counts = count(model.config)
+    console.print(
+        f"total {counts.total:,}, active per token {counts.active:,}, in tables {counts.table:,}; "
+        f"training FLOPs per token {counts.flops_per_token:,}",
+        highlight=False,
+    )
+
+
+def _run(console: Console, run: Path) -> None:
+    from byrote.train.checkpoint import checkpoints
+
+    console.print("checkpoints: " + ", ".join(path.name for path in checkpoints(run)))
+    if (run / "result.json").exists():
+        result = json.loads((run / "result.json").read_text())
+        console.print("result: " + ", ".join(f"{key} {value}" for key, value in result.items()))

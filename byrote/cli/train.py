@@ -1,0 +1,43 @@
+"""`byrote train`: a recipe, with overrides, in a run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE unless given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+) -> None:
+    """Train a model. Ctrl-C saves and stops; --resume goes on bit for bit.
+
+    \b
+    byrote train recipes/nano.toml model.hidden_size=96 train.steps=200
+    Several processes: torchrun --nproc-per-node=2 -m byrote train RECIPE
+    """
+    from transformers.utils import logging
+
+    from byrote.train.config import Recipe
+    from byrote.train.run import rank, start_processes
+    from byrote.train.run import train as train_recipe
+    from byrote.train.trainer import Interrupted
+
+    logging.disable_progress_bar()
+    start_processes()
+    console = Console()
+    run = out or Path("runs") / recipe.stem
+    try:
+        _, result = train_recipe(Recipe.load(recipe, overrides or []), run, console, resume)
+    except Interrupted as stop:
+        if rank() == 0:
+            again = " ".join(["byrote train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
+            console.print(f"{stop}\nGo on with: {again}", soft_wrap=True)
+        raise typer.Exit(130 if stop.reason.startswith("SIG") else 0) from None
+    if rank() == 0:
+        bits = f", {result.score.bits_per_byte:.4f} bits per byte" if result.score.bits_per_byte else ""
+        console.print(f"validation loss {result.score.loss:.4f}{bits} after {result.tokens:,} tokens")
+        console.print(f"{result.seconds:.1f} s of training; run folder: {run}")

@@ -1,0 +1,198 @@
+"""Every verb: its help fits a screen, it does its work on a run of seconds, and its errors are one clear
+line.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from byrote.cli.main import app
+from byrote.lab import demo
+from byrote.models.engram.counts import Counts
+
+VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance"]
+WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with texts.jsonl, and with a trained run in run/."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 40)) + f" {i}." for i in range(60)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    output = run("train", ROOT / "recipes/nano.toml", *settings(folder), "--out", folder / "run")
+    assert "validation loss" in output and "bits per byte" in output
+    return folder
+
+
+def settings(folder: Path, **train: object) -> list[str]:
+    """Overrides that make a recipe one of seconds."""
+    values = {"steps": 6, "batch_size": 4, "warmup": 2, "eval_every": 3, "sample_tokens": 8, **train}
+    data = {
+        "corpus": f"files:{folder / 'texts.jsonl'}",
+        "folder": str(folder / "data"),
+        "vocab_size": 280,
+        "length": 24,
+    }
+    return [f"train.{key}={value}" for key, value in values.items()] + [
+        f"data.{k}={v}" for k, v in data.items()
+    ]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_a_screen(verb):
+    output = run(*filter(None, [verb]), "--help")
+    lines = output.rstrip("\n").split("\n")
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    if not verb:
+        assert all(f"\n  {name} " in output for name in VERBS)
+
+
+def test_data_lists_and_prepares(place, tmp_path):
+    listing = run("data")
+    assert all(name in listing for name in ("factbook", "prose", "chinese-poetry", "public domain", "GPL"))
+    output = run("data", f"files:{place / 'texts.jsonl'}", "--out", tmp_path / "out", "--vocab-size", "280")
+    assert "train: 55 documents" in output and "validation: 5 documents" in output
+    assert json.loads((tmp_path / "out/meta.json").read_text())["vocab_size"] == 280
+    assert "did you mean 'factbook'" in run("data", "factbok", "--out", tmp_path / "x", code=2)
+
+
+def test_generate_from_a_run_and_from_a_model_folder(place):
+    checkpoint = next((place / "run/checkpoints").iterdir())
+    greedy = run("generate", place / "run", "the memory", "--greedy", "--max-tokens", "5")
+    assert greedy.startswith("the memory")
+    assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", "--no-stream") == greedy
+    options = ("--max-tokens", "20", "--temperature", "2.0", "--seed")
+    first, again, other = (run("generate", checkpoint, "the", *options, seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_gates_and_info(place, tmp_path):
+    output = run("gates", place / "run", "the memory model", "--html", tmp_path / "gates.html")
+    assert "layer 1" in output and "<html" in (tmp_path / "gates.html").read_text()
+    output = run("info", place / "run", "--config")
+    for part in (
+        "attention",
+        "routed experts",
+        "layer 1",
+        "digest",
+        "step-000006",
+        "generation",
+        '"hidden_size": 64',
+    ):
+        assert part in output, part
+    assert "hidden_size" not in run("info", place / "run")
+
+
+def test_errors_are_one_line_and_status_2(place, tmp_path):
+    recipe = ROOT / "recipes/nano.toml"
+    assert run("train", recipe, "model.hiden_size=3", code=2).startswith(
+        "error: unknown key model.hiden_size: did you"
+    )
+    assert "holds a run already" in run("train", recipe, *settings(place), "--out", place / "run", code=2)
+    assert "neither a run folder nor" in run("info", tmp_path, code=2)
+    assert "neither a run folder nor" in run("generate", tmp_path / "none", "x", code=2)
+    assert "must be above 0" in run("generate", place / "run", "x", "--temperature", "0", code=2)
+    assert "at least 1" in run("generate", place / "run", "x", "--max-tokens", "0", code=2)
+
+
+def test_ctrl_c_and_resume_from_the_command_line(place, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "byrote", "train", str(ROOT / "recipes/nano.toml")]
+    command += [*settings(place, steps=3000, eval_every=0), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    for _ in range(600):
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "SIGINT after step" in said and "--resume" in said
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    resumed = subprocess.Popen([*command, "--resume"], stdout=subprocess.PIPE, text=True, env=environment)
+    began = len((out / "metrics.jsonl").read_text().splitlines())
+    for _ in range(600):
+        if len((out / "metrics.jsonl").read_text().splitlines()) > began:
+            break
+        time.sleep(0.1)
+    resumed.send_signal(signal.SIGTERM)
+    said, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 130 and "SIGTERM after step" in said
+
+
+def test_demo_writes_what_it_says(place, tmp_path, monkeypatch):
+    """The whole of it, on a small text; small models stand in for the recipes' pair."""
+    shape = ["preset='nano'", "hidden_size=64", "n_routed_experts=8"]
+    for name, model in {
+        "moe": ["memory_layers=[]", "shared_expert_intermediate_size=40"],
+        "engram": [
+            "memory_layers=[1]",
+            "n_routed_experts=7",
+            "memory_table_sizes=[400, 400]",
+            "memory_kernel_size=0",
+        ],
+    }.items():
+        lines = ["[model]", *shape[:-1], *(model if name == "engram" else [*model, shape[-1]])]
+        (tmp_path / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(demo, "RECIPES", tmp_path)
+    monkeypatch.setattr(demo, "PAIR", {"moe": "moe.toml", "engram": "engram.toml"})
+    monkeypatch.setattr(demo, "TOTAL", 0.2)
+    monkeypatch.setattr(demo, "ACTIVE", 0.2)
+    output = run("demo", *settings(place), "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert list(report) == ["moe", "engram"]
+    for part in report.values():
+        keys = {
+            "val_loss",
+            "bits_per_byte",
+            "params_total",
+            "params_active",
+            "tokens",
+            "seconds",
+            "tokens_per_second",
+        }
+        assert keys <= part.keys() and all(part[key] > 0 for key in keys)
+        assert part["tokens"] == 6 * 4 * 24
+    for name in (
+        "loss.png",
+        "sample.txt",
+        "gates.html",
+        "gates.json",
+        "moe/metrics.jsonl",
+        "engram/loss.png",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size > 0, name
+    assert "bits per byte" in output and "most open" in output
+    monkeypatch.setattr(demo, "TOTAL", 1e-9)
+    assert "total parameters differ by" in run("demo", *settings(place), "--out", tmp_path / "out", code=2)
+
+
+def test_demo_recipes_are_one_comparison():
+    recipes = {name: demo.Recipe.load(demo.RECIPES / file) for name, file in demo.PAIR.items()}
+    assert recipes["moe"].data == recipes["engram"].data and recipes["moe"].train == recipes["engram"].train
+
+
+def test_sizes_are_compared():
+    first = Counts(1000, 500, 0, 0, 1)
+    demo.check_sizes({"a": first, "b": Counts(1010, 510, 0, 0, 1)})
+    with pytest.raises(ValueError, match=r"total parameters differ by 1\.1%"):
+        demo.check_sizes({"a": first, "b": Counts(1011, 500, 0, 0, 1)})
+    with pytest.raises(ValueError, match=r"active parameters differ by 2\.2%"):
+        demo.check_sizes({"a": first, "b": Counts(1000, 511, 0, 0, 1)})
