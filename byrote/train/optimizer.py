@@ -75,10 +75,11 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        row_gradients = self._take_row_gradients()  # raises before anything has moved
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 self._step_adamw(group)
-        self._step_rows()
+        self._step_rows(row_gradients)
         if self.routers:
             moved = [router.update_bias(self.router_bias_rate) for router in self.routers]
             self.max_violation = float(torch.stack(moved).mean())
@@ -144,19 +145,32 @@ class Optimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_rows(self) -> None:
-        rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
-        self.rows_touched = 0
+    def _take_row_gradients(self) -> list[tuple[Memory, Tensor, Tensor]]:
+        """Row ids and gradients of each memory that moves, the same on all ranks; RuntimeError if one is not finite."""
+        taken = []
         for memory in self.memories:
-            pending, table = memory.lookup.pending, memory.table
+            pending = memory.lookup.pending
             if not memory.anchor.requires_grad:
                 continue
             if memory.anchor.grad is None:
                 pending.drop()  # the gradients were zeroed through a wrapper, which knows only the anchor
-            rows, gradient = pending.take() or _nothing(memory.anchor, table.width)
-            rows, gradient = mean_over_ranks(rows, gradient)
-            if not rows.numel():
-                continue
+            rows, gradient = mean_over_ranks(*(pending.take() or _nothing(memory.anchor, memory.table.width)))
+            if rows.numel():
+                taken.append((memory, rows, gradient))
+        # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
+        for _, rows, gradient in taken:
+            if bad := int((~gradient.isfinite()).any(dim=1).sum()):
+                raise RuntimeError(
+                    f"{bad} of {rows.numel()} row gradients are not finite; nothing was changed. "
+                    "Lower the learning rate, or zero the gradients and skip this batch"
+                )
+        return taken
+
+    def _step_rows(self, row_gradients: list[tuple[Memory, Tensor, Tensor]]) -> None:
+        rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
+        self.rows_touched = 0
+        for memory, rows, gradient in row_gradients:
+            table = memory.table
             state = table.read_state(rows, self.rule.fields(table.width))
             values, state = self.rule.update(table.read(rows), state, gradient, rates[id(memory.anchor)])
             table.write(rows, values, state)
