@@ -35,8 +35,8 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = None) -> Array:
     """Compressed ids. A dead position's raw id does not matter; any other must be in the vocabulary."""
     xp = _namespace(input_ids)
-    if "int" not in str(input_ids.dtype):
-        raise ValueError(f"input_ids has dtype {input_ids.dtype}; give integer token ids")
+    if not str(input_ids.dtype).endswith(("int32", "int64")):
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}; give int64 or int32")
     unknown = (input_ids < 0) | (input_ids >= len(vocabulary))
     if alive is not None:
         _check_mask("alive", alive, input_ids)
