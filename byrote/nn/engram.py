@@ -136,7 +136,7 @@ class Engram(nn.Module):
         return self.gate(streams, keys, self.query_gain, self.key_gain)
 
     def convolve(self, columns: Tensor, documents: Tensor | None, tail: Tensor | None) -> Tensor:
-        """SiLU(DWConv(columns)), [B, T, n, d]; `documents` [B, T] numbers the documents, None if there is one.
+        """SiLU(DWConv(columns)), [B, T, n, d]; `documents` [B, T] numbers the documents, None for one.
 
         One shifted multiply-add per tap: a convolution kernel could not stop where a document starts.
         """
