@@ -54,6 +54,9 @@ class MemoryState(CacheLayerMixin):
     """The decode state of one model's memory. `fields` names the tails that the model needs."""
 
     is_croppable = True
+    # A static cache stays one with this layer in it. If it did not, transformers would drop the mask of a one-token
+    # decode, and the token would see slots that nothing was written to.
+    is_compileable = True
     supports_early_init = False
 
     def __init__(self, fields: Mapping[str, Field]) -> None:
@@ -66,19 +69,26 @@ class MemoryState(CacheLayerMixin):
     @classmethod
     def attach(cls, cache: Cache, num_attention_layers: int, fields: Mapping[str, Field]) -> MemoryState:
         """The memory layer of `cache`, appended behind its attention layers if it is not there yet."""
-        while len(cache.layers) < num_attention_layers and cache.layer_class_to_replicate is not None:
-            cache.layers.append(cache.layer_class_to_replicate())
-        if len(cache.layers) > num_attention_layers:
-            layer = cache.layers[num_attention_layers]
-            if isinstance(layer, cls):
-                return layer
-            raise ValueError(f"cache layer {num_attention_layers} is a {type(layer).__name__}, not the memory's")
+        state = cls(fields)
+        if cache.layers and isinstance(cache.layers[-1], cls):
+            found = cache.layers[-1]
+            if len(cache.layers) != num_attention_layers + 1 or found.fields != state.fields:
+                raise ValueError("past_key_values holds the memory state of another model: start from an empty cache")
+            return found
         if int(cache.get_seq_length()) > 0:
             raise ValueError(
-                "past_key_values holds tokens but no memory state: it was filled by another model; start from an empty cache"
+                "past_key_values holds tokens but no memory state: it was filled by another model; "
+                "start from an empty cache"
             )
-        cache.layers.append(cls(fields))
-        return cache.layers[-1]
+        while len(cache.layers) < num_attention_layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if len(cache.layers) != num_attention_layers:
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers, the model {num_attention_layers} with attention: "
+                "make the cache with this model's config"
+            )
+        cache.layers.append(state)
+        return state
 
     def begin(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make empty tails for `batch_size` rows, unless there are some."""
@@ -101,12 +111,13 @@ class MemoryState(CacheLayerMixin):
             record.alive.append(sequence.alive)
             record.starts.append(sequence.starts)
             self.tails[name] = tail
-        elif torch.is_grad_enabled():
-            self.records.clear()
-            self.tails[name] = tail
+            return
+        self.records.clear()
+        buffer = self.tails[name]
+        if torch.is_grad_enabled() or buffer.requires_grad or buffer.is_inference() != tail.is_inference():
+            self.tails[name] = tail  # a backward may need the old one, or it may not be written in this mode
         else:
-            self.records.clear()
-            self.tails[name].copy_(tail)
+            buffer.copy_(tail)
 
     def activate_past_recording(self) -> None:
         self.record_past = True

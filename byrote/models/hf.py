@@ -4,7 +4,8 @@
 
 - `_prepare_cache_for_generation` appends the layer before the first forward, so that `activate_past_recording`,
   which assisted decoding calls right after, reaches it;
-- `create_masks_for_generate` keeps the attention mask [B, S]: the model builds its own, with document boundaries.
+- `create_masks_for_generate` keeps the attention mask [B, S]: the model builds its own, with document boundaries;
+- `_valid_auto_compile_criteria` keeps `generate` from compiling a forward that reads tables and looks at lengths.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class MemoryGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:
                 state.activate_past_recording()
         return result
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Gather and accumulate against a dense embedding, and the promise that nothing the size of a table exists."""
+"""Gather and accumulate against a dense embedding; and nothing the size of a table is ever made."""
 
 import gc
 import resource

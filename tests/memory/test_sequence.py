@@ -1,5 +1,8 @@
 """Starts, masks and carried tails against twins that walk the tokens one by one."""
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +12,7 @@ from byrote.memory.sequence import NO_POSITION, Sequence, carry
 
 @st.composite
 def rows(draw):
-    """A row of tokens (position, alive): documents that restart anywhere, dead tokens anywhere, garbage under them."""
+    """A row of tokens (position, alive): documents that restart anywhere, dead tokens anywhere."""
     tokens, position = [], draw(st.integers(0, 3))
     for _ in range(draw(st.integers(1, 14))):
         what = draw(st.sampled_from(["next", "next", "next", "restart", "jump", "dead"]))
@@ -23,22 +26,24 @@ def rows(draw):
 
 @st.composite
 def batches(draw):
-    """Positions and alive [B, T] of a batch, and the sizes of the chunks that it comes in."""
+    """Positions and alive [B, T] of a batch, and the sizes of the chunks that it comes in.
+
+    A document may go on behind dead tokens only in the next forward, so there is a cut at each such place.
+    """
     batch = [draw(rows()) for _ in range(draw(st.integers(1, 3)))]
     length = max(map(len, batch))
     batch = [row + [(0, False)] * (length - len(row)) for row in batch]
-    sizes = []
-    while sum(sizes) < length:
-        sizes.append(draw(st.integers(1, length - sum(sizes))))
-    return (
-        torch.tensor([[p for p, _ in row] for row in batch]),
-        torch.tensor([[a for _, a in row] for row in batch]),
-        sizes,
-    )
+    positions = torch.tensor([[position for position, _ in row] for row in batch])
+    alive = torch.tensor([[is_alive for _, is_alive in row] for row in batch])
+    starts, _ = places(positions, alive)
+    goes_on = alive[:, 1:] & ~alive[:, :-1] & ~starts[:, 1:]
+    cuts = {0, length, *(goes_on.any(dim=0).nonzero().flatten() + 1).tolist()}
+    cuts = sorted(cuts | draw(st.sets(st.integers(0, length))))
+    return positions, alive, [b - a for a, b in itertools.pairwise(cuts)]
 
 
 def places(positions, alive):
-    """Twin of `place` for whole rows: where a document starts, and the slot of the start of each token's document."""
+    """Twin of `place` for whole rows: where documents start, and the slot of the start of each token's."""
     starts, documents = [], []
     for row, living in zip(positions.tolist(), alive.tolist(), strict=True):
         before, document, row_starts, row_documents = NO_POSITION, 0, [], []
@@ -116,7 +121,7 @@ def carried(length, columns, alive, starts, empty):
 @settings(max_examples=150, deadline=None)
 @given(batches(), st.integers(1, 5), st.sampled_from([0, -7]))
 def test_carry_in_any_chunks(batch, length, empty):
-    """Dead tokens inside of a document are in its tail (their columns say so themselves), trailing ones are not."""
+    """Dead tokens inside of a document are in its tail (their columns say so), trailing ones are not."""
     positions, alive, _ = batch
     starts, _ = places(positions, alive)
     columns = torch.where(alive, 100 + torch.arange(alive.numel()).view_as(alive), -1)
@@ -151,3 +156,12 @@ def test_a_tail_takes_the_dtype_that_it_has():
         tail, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool), 0.0
     )
     assert out.dtype == torch.bfloat16 and out.tolist() == [[0.0, 1.0]]
+
+
+def test_a_hole_in_a_document_is_refused():
+    alive = torch.tensor([[True, True, True, True], [False, True, False, True]])
+    nothing = torch.full((2, 1), NO_POSITION)
+    with pytest.raises(ValueError, match="row 1 goes on at token 3 behind padding"):
+        Sequence.place(
+            torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]), alive, 0, nothing, torch.zeros_like(nothing)
+        )
