@@ -36,6 +36,13 @@ class Sequence:
         before = torch.cat([seen.new_full((seen.shape[0], 1), -1), seen[:, :-1]], dim=1)
         predecessor = torch.where(before >= 0, position_ids.gather(1, before.clamp_min(0)), last_position)
         starts = alive & (position_ids != predecessor + 1)
+        interrupted = alive[:, 1:] & ~alive[:, :-1] & ~starts[:, 1:]
+        if interrupted.any():
+            row, step = (int(i) for i in interrupted.nonzero()[0])
+            raise ValueError(
+                f"attention_mask hides tokens inside a document: row {row} goes on at token {step + 1} behind padding. "
+                "Pad at the left or the right of what one forward is given, or start a new document after the padding"
+            )
         document = torch.maximum(torch.where(starts, steps + past, -1).cummax(dim=1).values, last_document)
         return cls(position_ids, alive, starts, document)
 

@@ -123,3 +123,16 @@ def test_gradients_of_packed_documents(model, ids):
     for ours, theirs in zip(together, apart, strict=True):
         # Relative to the largest: the signed root is steep near zero, so gradients carry its rounding.
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp_min(1)
+
+
+def test_padding_inside_a_document_is_refused(model, ids):
+    """Memory windows cannot look through a hole that one forward is given; a new document behind it is fine."""
+    mask = torch.ones_like(ids)
+    mask[1, 9] = 0
+    with pytest.raises(ValueError, match="row 1 goes on at token 10"):
+        model(input_ids=ids, attention_mask=mask)
+    positions = torch.arange(24).expand(3, -1).clone()
+    positions[1, 10:] -= 10
+    logits, _ = full_forward(model, ids, attention_mask=mask, position_ids=positions)
+    expected, _ = full_forward(model, ids[1:2, 10:])
+    assert_same_logits(logits[1:2, 10:], expected)
