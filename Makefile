@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+# Threads that wait asleep: on a machine that is doing other things too, spinning ones cost ten times the run.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test test-all check gpu clean
 
 demo: .venv/.installed
