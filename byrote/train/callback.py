@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from byrote.memory import Memory
 from byrote.models.engram import EngramForCausalLM
 
 
@@ -24,34 +25,55 @@ class TableCallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
             _engram(model).save_row_state(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
     ) -> None:
+        engram = _engram(model)
+        if state.global_step == 0 or not any(memory.anchor.requires_grad for memory in _memories(engram)):
+            return  # nothing is resumed, or the tables do not move
         given = self.resume_from_checkpoint or args.resume_from_checkpoint
         folders = [Path(given)] if isinstance(given, str | os.PathLike) else []
-        _bring_back(_engram(model), [*folders, *Path(args.output_dir).glob("checkpoint-*")])
+        _bring_back(engram, [*folders, *Path(args.output_dir).glob("checkpoint-*")])
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
     ) -> None:
-        if state.best_model_checkpoint is not None:
-            _bring_back(_engram(model), [Path(state.best_model_checkpoint)])
+        engram = _engram(model)
+        reloaded = any(int(memory.generation) != memory.table.generation for memory in _memories(engram))
+        if reloaded and state.best_model_checkpoint is not None:
+            _bring_back(engram, [Path(state.best_model_checkpoint)])
 
 
 def _engram(model: nn.Module) -> EngramForCausalLM:
     return next(module for module in model.modules() if isinstance(module, EngramForCausalLM))
 
 
+def _memories(model: EngramForCausalLM) -> list[Memory]:
+    return [] if model.model.memories is None else [memory for _, memory in model.model.memories.items()]
+
+
 def _bring_back(model: EngramForCausalLM, folders: list[Path]) -> None:
-    """Load the tables of the folder whose generation is the backbone's, if the present ones are of another."""
-    memories = [] if model.model.memories is None else model.model.memories.items()
-    if all(int(memory.generation) == memory.table.generation for _, memory in memories):
-        return
+    """Load tables and row state of the folder whose generation is the backbone's."""
     for folder in folders:
         try:
             model.load_tables(folder)

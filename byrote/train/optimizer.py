@@ -2,7 +2,7 @@
 
     kind     what                                            rule
     adamw    matrices; and, without decay, the embedding,    AdamW (torch's own functional form)
-             gains, biases
+             gains, biases, the short convolution
     rows     the anchors of the tables                       LazyAdam on the touched rows, 5x the rate, no decay
 
 Two wrapped optimizers would go stale: `accelerator.prepare` and `load_state_dict` replace `param_groups`, and a
@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from byrote.memory import Memory
 from byrote.memory.exchange import mean_over_ranks
+from byrote.nn.engram import Engram
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam
 
@@ -56,21 +57,30 @@ class Optimizer(torch.optim.Optimizer):
         self.rows_touched = 0
         self.max_violation = 0.0
         anchors = {id(memory.anchor) for memory in self.memories}
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        # Embeddings, and what an Engram holds beside its projections: gains and convolution, [n, d] and [n, d, kernel].
+        spared = [m for m in model.modules() if isinstance(m, nn.Embedding | Engram)]
+        kept = {id(p) for module in spared for p in module.parameters(recurse=False)}
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in anchors]
-        decayed = [p for p in dense if p.dim() > 1 and id(p) not in embeddings]
-        plain = [p for p in dense if p.dim() <= 1 or id(p) in embeddings]
+        decayed = [p for p in dense if p.dim() > 1 and id(p) not in kept]
+        plain = [p for p in dense if p.dim() <= 1 or id(p) in kept]
         groups: list[dict[str, Any]] = [
             {"kind": "adamw", "params": decayed, "lr": lr, "weight_decay": weight_decay},
             {"kind": "adamw", "params": plain, "lr": lr, "weight_decay": 0.0},
-            {"kind": "rows", "params": [m.anchor for m in self.memories], "lr": row_rate * lr, "weight_decay": 0.0},
+            {
+                "kind": "rows",
+                "params": [m.anchor for m in self.memories],
+                "lr": row_rate * lr,
+                "weight_decay": 0.0,
+            },
         ]
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError("row gradients leave the graph unscaled by a GradScaler: train in float32 or bfloat16")
+            raise RuntimeError(
+                "row gradients leave the graph unscaled by a GradScaler: train in float32 or bfloat16"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -93,8 +103,9 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; for each anchor (digest, generation, step), while the state of the rows stays with the rows."""
         for memory in self.memories:
-            table = memory.table
-            self.state[memory.anchor] |= {"digest": table.digest, "generation": table.generation}
+            # The backbone's generation: the stock Trainer prepares the optimizer before its tables are back.
+            present = {"digest": memory.table.digest, "generation": int(memory.generation)}
+            self.state[memory.anchor] |= present
             self.state[memory.anchor].setdefault("step", 0)
         return super().state_dict()
 

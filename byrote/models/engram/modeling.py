@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, cached_file
+from transformers.utils import cached_file, can_return_tuple
 
 from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory import MemoryStack, MemoryState, Sequence
@@ -30,7 +30,7 @@ from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
-from byrote.nn.moe import DeepSeekMoE, Experts
+from byrote.nn.moe import Experts
 from byrote.nn.rope import rotary
 from byrote.nn.router import Router
 from byrote.tables import RamTable
@@ -110,7 +110,9 @@ class EngramModel(EngramPreTrainedModel):
         for layer in self.layers:
             if isinstance(layer.memory, Engram) and layer.memory.tail_length:
                 width = self.config.num_streams * self.config.hidden_size
-                fields[f"convolution.{layer.layer_id}"] = Field(layer.memory.tail_length, (width,), dtype=None)
+                fields[f"convolution.{layer.layer_id}"] = Field(
+                    layer.memory.tail_length, (width,), dtype=None
+                )
         return fields
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
@@ -133,11 +135,15 @@ class EngramModel(EngramPreTrainedModel):
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
         """
         if input_ids is None:
-            raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
+            raise ValueError(
+                "input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds"
+            )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:
-                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
+                raise ValueError(
+                    "past_key_values cannot be filled under gradient checkpointing: pass use_cache=False"
+                )
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -271,7 +277,10 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
                 total = items.sum() if num_items_in_batch is None else num_items_in_batch
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -291,13 +300,21 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         os.replace(aside, config)
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any
+    ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's."""
         if placement != "host":
-            raise ValueError(f"placement must be 'host', got {placement!r}: other placements come with a later version")
+            raise ValueError(
+                f"placement must be 'host', got {placement!r}: other placements come with a later version"
+            )
         loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs}
+        hub = {
+            key: kwargs[key]
+            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if key in kwargs
+        }
         model._open_tables(lambda file: _resolve(name, file, hub))
         return loaded
 
@@ -308,17 +325,23 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
     def _open_tables(self, find: Any) -> None:
         if self.model.memories is None:
             return
-        spec = self.model.memories.spec
+        spec, opened = self.model.memories.spec, []
         for layer_id, memory in self.model.memories.items():
             path = find(self.model.memories.table_path(Path(), layer_id).name)
-            memory.table = RamTable.open(
-                path, num_rows=spec.layer(layer_id).rows, width=self.config.memory_row_width, digest=spec.digest
+            table = RamTable.open(
+                path,
+                num_rows=spec.layer(layer_id).rows,
+                width=self.config.memory_row_width,
+                digest=spec.digest,
             )
-            if int(memory.generation) != memory.table.generation:
+            if int(memory.generation) != table.generation:
                 raise ValueError(
-                    f"{path}: generation {memory.table.generation}, the backbone was saved with {int(memory.generation)}: "
+                    f"{path}: generation {table.generation}, the backbone was saved with {int(memory.generation)}: "
                     "take both from one save_pretrained"
                 )
+            opened.append((memory, table))
+        for memory, table in opened:  # all or none
+            memory.table = table
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
