@@ -137,7 +137,7 @@ def test_resume_from_another_folder(interrupted, tmp_path):
     run.train(resume_from_checkpoint=str(moved))
     assert_same(snapshot(resumed), snapshot(expected))
     lost = trainer(make(seed=9), tmp_path / "newer")
-    with pytest.raises(ValueError, match="TableCallback.resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="no checkpoint among"):
         lost.train(resume_from_checkpoint=str(moved))
 
 
