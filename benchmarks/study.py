@@ -14,13 +14,21 @@ thread; `--jobs` of them run side by side, so seconds compare only within one in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+
+from byrote.models.engram.counts import count
+from byrote.train.config import Recipe
+from byrote.train.run import make_trainer, prepare_data
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = {
@@ -46,6 +54,8 @@ def main() -> None:
     if args.one:
         run_one(args.out, *args.one[:2], int(args.one[2]), args.set)
         return
+    for corpus in args.corpora:
+        prepare_data(recipe(args.models[0], corpus, 0, args.set), lambda what, done, total: None)
     grid = [(m, c, s) for c in args.corpora for s in range(args.seeds) for m in args.models]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda cell: start(args.out, *cell, args.set), grid))
@@ -55,6 +65,11 @@ def main() -> None:
 
 def folder(out: Path, model: str, corpus: str, seed: int) -> Path:
     return out / corpus / f"{model}-{seed}"
+
+
+def recipe(model: str, corpus: str, seed: int, overrides: list[str]) -> Recipe:
+    common = [f'data.corpus="{corpus}"', f"train.seed={seed}", "train.threads=1", "train.eval_every=0"]
+    return Recipe.load(MODELS[model], [*common, *overrides])
 
 
 def start(out: Path, model: str, corpus: str, seed: int, overrides: list[str]) -> None:
@@ -67,22 +82,15 @@ def start(out: Path, model: str, corpus: str, seed: int, overrides: list[str]) -
 
 
 def run_one(out: Path, model: str, corpus: str, seed: int, overrides: list[str]) -> None:
-    import shutil
-
-    from byrote.models.engram.counts import count
-    from byrote.train.config import Recipe
-    from byrote.train.run import make_trainer, prepare_data
-
-    common = [f'data.corpus="{corpus}"', f"train.seed={seed}", "train.threads=1", "train.eval_every=0"]
-    recipe = Recipe.load(MODELS[model], [*common, *overrides])
+    settings = recipe(model, corpus, seed, overrides)
     run = folder(out, model, corpus, seed)
     shutil.rmtree(run, ignore_errors=True)
-    data, meta = prepare_data(recipe, lambda what, done, total: None)
-    trainer = make_trainer(recipe, run, data, meta)
+    data, meta = prepare_data(settings, lambda what, done, total: None)
+    trainer = make_trainer(settings, run, data, meta)
     if model == "one-row":
         trainer.model.model.memories.register_forward_hook(address_one_row)
     result = trainer.train()
-    counts = count(trainer.model.config, recipe.data.length)
+    counts = count(trainer.model.config, settings.data.length)
     content = {
         "val_loss": result.score.loss,
         "bits_per_byte": result.score.bits_per_byte,
@@ -97,10 +105,6 @@ def run_one(out: Path, model: str, corpus: str, seed: int, overrides: list[str])
 
 def address_one_row(stack, inputs, tickets):
     """Every n-gram reads the first row of its column: what is left of a memory that does not look anything up."""
-    import dataclasses
-
-    import torch
-
     replaced = {}
     for layer_id, ticket in tickets.items():
         first = torch.tensor(stack.spec.layer(layer_id).offsets, device=ticket.rows.device)
