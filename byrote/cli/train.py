@@ -24,7 +24,7 @@ def train(
     from byrote.train.config import Recipe
     from byrote.train.run import rank, start_processes
     from byrote.train.run import train as train_recipe
-    from byrote.train.trainer import Interrupted
+    from byrote.train.trainer import BUDGET, Interrupted
 
     logging.disable_progress_bar()
     start_processes()
@@ -36,7 +36,7 @@ def train(
         if rank() == 0:
             again = " ".join(["byrote train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
             console.print(f"{stop}\nGo on with: {again}", soft_wrap=True)
-        raise typer.Exit(130 if stop.reason.startswith("SIG") else 0) from None
+        raise typer.Exit(0 if stop.reason == BUDGET else 130) from None
     if rank() == 0:
         bits = f", {result.score.bits_per_byte:.4f} bits per byte" if result.score.bits_per_byte else ""
         console.print(f"validation loss {result.score.loss:.4f}{bits} after {result.tokens:,} tokens")

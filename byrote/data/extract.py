@@ -143,7 +143,9 @@ def sword_chapters(folder: Path) -> Iterator[Document]:
 
 
 def poems(folder: Path) -> Iterator[Document]:
-    """JSON files of poems: title, author, and paragraphs (or content); a document is one poem."""
+    """JSON files of poems: title, author, and paragraphs (or content); or name and desc of a
+    poet. A document is one poem, or one life.
+    """
     for path in sorted(folder.rglob("*.json")):
         try:
             records = json.loads(path.read_text("utf-8"))
@@ -152,8 +154,11 @@ def poems(folder: Path) -> Iterator[Document]:
         for number, record in enumerate(records if isinstance(records, list) else []):
             if not isinstance(record, dict):
                 continue
-            lines = record.get("paragraphs") or record.get("content")
+            life = record.get("desc") or record.get("description")  # of a poet
+            lines = record.get("paragraphs") or record.get("content") or (life and [life])
             if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
-                head = [str(record[key]) for key in ("title", "rhythmic", "author") if record.get(key)]
+                head = [
+                    str(record[key]) for key in ("title", "rhythmic", "author", "name") if record.get(key)
+                ]
                 name = f"{path.relative_to(folder).as_posix()}-{number}"
                 yield Document(name, clean("\n".join([" ".join(head), *lines])))

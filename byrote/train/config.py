@@ -35,6 +35,10 @@ class DataRecipe:
     text_field: str = "text"
     length: int = 256  # tokens in a row
 
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"data.length is {self.length}; a row needs at least 2 tokens")
+
     @property
     def options(self) -> Options:
         return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
@@ -62,6 +66,7 @@ class TrainRecipe:
     checkpoint_every: int = 500  # steps; 0: at the end only
     keep: int = 2  # checkpoints
     read_ahead: int = 4  # batches
+    device: str = "auto"  # or "cpu", "cuda": what the dense part runs on; auto takes a GPU that is there
     threads: int = 0  # of torch; 0: as it is
     max_seconds: float = 0.0  # stop cleanly after so long; 0: off. Where it stops depends on the machine
     prompt: str = ""  # of the sample at the end; the beginning of a validation document unless given

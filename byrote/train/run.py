@@ -97,6 +97,7 @@ def make_trainer(
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()
+    model.to(_device(settings.device))
     world = dist.get_world_size() if dist.is_initialized() else 1
     packer = Packer(
         Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world
@@ -153,6 +154,13 @@ def start_processes() -> None:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _device(name: str) -> torch.device:
+    """`auto`: the GPU of this process, if there is one."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _wait() -> None:

@@ -11,9 +11,8 @@ uninterrupted one to the last bit.
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,9 @@ from byrote.train.config import TrainRecipe
 from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.metrics import Metrics
 from byrote.train.schedule import schedule
+from byrote.train.signals import Signals
+
+BUDGET = "the time budget ended"
 
 
 class Interrupted(Exception):
@@ -51,7 +53,7 @@ class Result:
 class Trainer:
     """Trains `model` in the folder `run`. With a checkpoint, `model` must have been loaded from it.
 
-    `report(record)` is called with each record that goes to metrics.jsonl, and with {"step"} after each step.
+    `report(record)` is called after each step and each evaluation, with a record as in metrics.jsonl.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.schedule = schedule(optimizer, recipe)
         self.step, self.seconds = 0, 0.0
-        self._signal = ""
+        self.signals = Signals()
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if checkpoint:
@@ -84,7 +86,7 @@ class Trainer:
         """Train to the recipe's last step. Interrupted where a signal or the time budget stops it."""
         self.model.train()
         checkpoint: Path | None = None
-        with self._signals():
+        with self.signals:
             while self.step < self.recipe.steps:
                 reason = self._train_step()
                 checkpoint = None
@@ -95,8 +97,8 @@ class Trainer:
                     self._evaluate(self.recipe.eval_batches)
                 if _due(self.step, self.recipe.checkpoint_every):
                     checkpoint = self.save()
-        score = self._evaluate(0)
-        checkpoint = checkpoint or self.save()
+            score = self._evaluate(0)
+            checkpoint = checkpoint or self.save()
         self.loader.close()
         return Result(score, self.tokens, self.seconds, checkpoint)
 
@@ -136,6 +138,10 @@ class Trainer:
                 f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many"
             )
         self.step, self.seconds = training["step"], training["seconds"]
+        if self.step >= self.recipe.steps:
+            raise ValueError(
+                f"the run is done: {checkpoint} is its last step, {self.step}; there is nothing to resume"
+            )
         self.loader.load_state_dict(training["loader"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
@@ -145,7 +151,9 @@ class Trainer:
         """One optimizer step; returns why to stop, or nothing."""
         began = time.perf_counter()
         batch = next(self.loader)
-        facts = torch.tensor([predicted(batch), bool(self._signal), self._overdue()], dtype=torch.float64)
+        facts = torch.tensor(
+            [predicted(batch), bool(self.signals.noted), self._overdue()], dtype=torch.float64
+        )
         if self.world > 1:
             dist.all_reduce(facts)
         items, stopped, overdue = facts.tolist()
@@ -177,7 +185,7 @@ class Trainer:
         took = time.perf_counter() - began
         self.seconds += took
         self._log(float(loss) / self.world, float(rates[0]), norm, took)
-        return (self._signal or "signal") if stopped else "the time budget ended" if overdue else ""
+        return (self.signals.noted or "a signal") if stopped else BUDGET if overdue else ""
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         rows = len(batch["input_ids"])
@@ -213,32 +221,11 @@ class Trainer:
         score = evaluate(self.model, self.validation, self.recipe.precision, batches)
         if self.metrics:
             record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
-            record |= {"seconds": round(self.seconds, 3)}
-            record |= {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+            record |= {"seconds": round(self.seconds, 3), "val_loss": score.loss}
+            record["bits_per_byte"] = score.bits_per_byte
             self.metrics.write(**record)
             self.report(record)
         return score
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step; a second SIGINT ends it at once."""
-
-        def note(number: int, frame: Any) -> None:
-            if self._signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = signal.Signals(number).name
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        try:
-            before = [signal.signal(number, note) for number in numbers]
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
 
 
 def _due(step: int, every: int) -> bool:

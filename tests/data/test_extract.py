@@ -75,11 +75,10 @@ def test_sword(tmp_path):
 
 
 def test_poems(tmp_path):
-    (tmp_path / "a.json").write_text(
-        json.dumps([{"title": "静夜思", "author": "李白", "paragraphs": ["床前", "明月"]}, 3])
-    )
+    poem = {"title": "静夜思", "author": "李白", "paragraphs": ["床前", "明月"]}
+    (tmp_path / "a.json").write_text(json.dumps([poem, 3, {"name": "李白", "desc": "字太白"}]))
     (tmp_path / "b.json").write_text("{broken")
-    assert [text for _, text in poems(tmp_path)] == ["静夜思 李白\n床前\n明月"]
+    assert [text for _, text in poems(tmp_path)] == ["静夜思 李白\n床前\n明月", "李白\n字太白"]
 
 
 def test_corpus_names():

@@ -47,6 +47,7 @@ def test_load_override_and_save(path, tmp_path):
         ("train.steps", "is no override"),
         ("train.steps='3'", "train.steps is '3'; it must be a int"),
         ("train.gradient_checkpointing=1", "must be a bool"),
+        ("data.length=1", "data.length is 1; a row needs at least 2"),
         ("train.steps=0", "train.steps is 0; it must be at least 1"),
         ("train.schedule='linear'", "must be one of"),
         ("train.precision='float16'", "must be one of"),

@@ -181,7 +181,7 @@ def test_options_that_must_not_change_the_numbers(train, tmp_path):
 
 
 def test_options_that_change_the_numbers(train, tmp_path):
-    train("plain", steps=3)
+    train("plain", steps=3, device="cpu")
     train("half", steps=3, precision="bfloat16")
     train("free", steps=3, clip=0.0)
     train("few", steps=4, eval_every=2, eval_batches=1, threads=torch.get_num_threads())
@@ -205,6 +205,8 @@ def test_errors(train, tmp_path):
     train(steps=1)
     with pytest.raises(ValueError, match="holds a run already"):
         train(steps=1)
+    with pytest.raises(ValueError, match="the run is done"):
+        train(steps=1, resume=True)
     with pytest.raises(ValueError, match=r"train.seed was 0 when the run began and is 1"):
         train(steps=1, resume=True, seed=1)
     with pytest.raises(ValueError, match="gradient is not finite at step"):
@@ -245,3 +247,13 @@ def test_signals_are_given_back(train):
     before = signal.getsignal(signal.SIGINT)
     train(steps=1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_gpu_the_losses_are_those_of_the_cpu(train, tmp_path, precision):
+    train("cpu", device="cpu", precision=precision)
+    train("gpu", device="cuda", precision=precision)
+    for (step, a), (_, b) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "gpu"), strict=True):
+        assert a == pytest.approx(b, abs=1e-3 if precision == "float32" else 2e-2), step
