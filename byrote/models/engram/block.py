@@ -1,8 +1,8 @@
 """One block: memory, attention, experts, each read from and added to the residual streams.
 
-    streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.3, equation 6
-    streams <- write(MLA(norm(x))),  x, write = connect(streams)
-    streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first blocks)
+streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.3, equation 6
+streams <- write(MLA(norm(x))),  x, write = connect(streams)
+streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first blocks)
 """
 
 from __future__ import annotations

@@ -137,7 +137,9 @@ class EngramConfig(PreTrainedConfig):
             self._settle_address(vocabulary)
 
     @classmethod
-    def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> EngramConfig:
+    def from_preset(
+        cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any
+    ) -> EngramConfig:
         """A named shape with some fields changed.
 
         `vocabulary`: the map of `byrote.address.compress(tokenizer)`; it sets `vocab_size` and the addresses.
@@ -166,7 +168,9 @@ class EngramConfig(PreTrainedConfig):
         if self.address is None or vocabulary is not None:
             vocabulary = np.arange(self.vocab_size) if vocabulary is None else vocabulary
             if len(vocabulary) != self.vocab_size:
-                raise ValueError(f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: they must be equal")
+                raise ValueError(
+                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: they must be equal"
+                )
             self.address = self._make_spec(vocabulary).to_dict()
         spec = self.spec
         assert spec is not None
@@ -184,6 +188,14 @@ class EngramConfig(PreTrainedConfig):
                     f"{field} says {configured}, the address spec {addressed}: drop `address` to derive it anew, "
                     "or give back the fields that it was made with"
                 )
+        # The sizes do not depend on the vocabulary, so any will do.
+        expected = [layer.primes for layer in self._make_spec(np.arange(self.vocab_size)).layers]
+        if expected != [layer.primes for layer in spec.layers]:
+            raise ValueError(
+                f"memory_table_sizes={self.memory_table_sizes} would give layers of "
+                f"{[sum(map(sum, primes)) for primes in expected]} rows, the address spec has "
+                f"{[layer.rows for layer in spec.layers]}: drop `address` to derive it anew, or give back the sizes"
+            )
 
     def _make_spec(self, vocabulary: np.ndarray) -> AddressSpec:
         common: dict[str, Any] = {
@@ -204,6 +216,17 @@ class EngramConfig(PreTrainedConfig):
             refuse("num_streams", "one stream (the plain residual) is all there is in this version")
         if self.num_experts_per_tok > self.n_routed_experts:
             refuse("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
+        if self.scoring_func not in ("sigmoid", "softmax"):
+            refuse("scoring_func", "must be 'sigmoid' or 'softmax'")
+        if self.n_group < 1 or self.n_routed_experts % self.n_group:
+            refuse("n_group", f"must divide n_routed_experts={self.n_routed_experts}")
+        if not 1 <= self.topk_group <= self.n_group:
+            refuse("topk_group", f"must lie in 1..n_group={self.n_group}")
+        if self.yarn is not None:
+            try:
+                Yarn(**self.yarn)  # type: ignore[arg-type]
+            except (TypeError, ValueError) as error:
+                refuse("yarn", f"{error}; its fields are {sorted(Yarn.__dataclass_fields__)}")
         if self.qk_rope_head_dim % 2:
             refuse("qk_rope_head_dim", "must be even: rotary pairs")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
@@ -214,11 +237,20 @@ class EngramConfig(PreTrainedConfig):
             refuse("memory_layers", f"ascending block numbers in 0..{self.num_hidden_layers - 1}, each once")
         if self.memory_contract not in ("engram", "deepseek_v41"):
             refuse("memory_contract", "must be 'engram' or 'deepseek_v41'")
-        if self.memory_contract == "deepseek_v41" and (len(set(self.memory_table_sizes)) > 1 or self.memory_seed):
+        if self.memory_contract == "deepseek_v41" and (
+            len(set(self.memory_table_sizes)) > 1 or self.memory_seed
+        ):
             refuse("memory_contract", "DeepSeek-V4.1 has one table size for all orders and seed 0")
         if not self.memory_table_sizes or min(self.memory_table_sizes) < 1:
             refuse("memory_table_sizes", "one positive number of rows per order, for orders 2, 3, ...")
+        for field in ("memory_heads", "memory_row_width"):
+            if getattr(self, field) < 1:
+                refuse(field, "must be at least 1")
+        if self.memory_zero_gate_rule not in ("sign", "copysign"):
+            refuse("memory_zero_gate_rule", "must be 'sign' or 'copysign'")
         if not 0 <= self.memory_pad_token_id < self.vocab_size:
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
         if self.memory_kernel_size < 0 or (not self.memory_gate and self.memory_kernel_size):
-            refuse("memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)")
+            refuse(
+                "memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)"
+            )

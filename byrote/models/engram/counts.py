@@ -43,8 +43,11 @@ def count(config: EngramConfig, sequence_length: int = 256) -> Counts:
     unread = 0 if config.tie_word_embeddings else (config.vocab_size - 1) * config.hidden_size
     active = backbone - idle - unread
     matrices = active - sum(p.numel() for p in model.parameters() if p.dim() < 2) + anchors
-    attention = config.num_hidden_layers * config.num_attention_heads * (sequence_length // 2) * (
-        config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    attention = (
+        config.num_hidden_layers
+        * config.num_attention_heads
+        * (sequence_length // 2)
+        * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     )
     return Counts(
         total=backbone + table,

@@ -1,26 +1,19 @@
 """EngramModel and EngramForCausalLM: the Hugging Face classes. How a token travels:
 
-    input_ids -> Sequence (alive, document starts) -> tickets of all memories   (from ids alone, before block 0)
-              -> embedding -> streams [B, T, n, d] -> blocks -> mean of the streams -> norm -> head
-
-Tables are not parameters: `save_pretrained` and `from_pretrained` write and open them beside the backbone.
+input_ids -> Sequence (alive, document starts) -> tickets of all memories   (from ids alone, before block 0)
+          -> embedding -> streams [B, T, n, d] -> blocks -> mean of the streams -> norm -> head
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import cached_file, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory import MemoryStack, MemoryState, Sequence
@@ -28,48 +21,11 @@ from byrote.memory.sequence import NO_POSITION
 from byrote.memory.state import Field
 from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
+from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
-from byrote.nn.moe import Experts
 from byrote.nn.rope import rotary
-from byrote.nn.router import Router
 from byrote.tables import RamTable
-
-logger = logging.getLogger(__name__)
-
-
-class EngramPreTrainedModel(PreTrainedModel):
-    config_class = EngramConfig
-    config: EngramConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["EngramBlock"]  # noqa: RUF012
-    _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The whole initialization; std = `initializer_range`.
-
-        linear, embedding, router, experts   N(0, std^2)
-        biases, convolution                  0              (Engram paper, table 5: conv zero init)
-        all gains                            1
-        rows of the tables                   N(0, memory_initializer_range^2), drawn by the table itself
-        """
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, Experts):
-            init.normal_(module.gate_up, mean=0.0, std=std)
-            init.normal_(module.down, mean=0.0, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Engram):
-            module.reset_gains(init)
-        if isinstance(module, Router):
-            init.zeros_(module.selection_bias)
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -224,10 +180,7 @@ class EngramModel(EngramPreTrainedModel):
 
 
 class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
-    """The language model. loss = cross-entropy of the next token + alpha * sequence-wise balance loss, over all items.
-
-    `placement`: where opened tables live; "host" is RAM.
-    """
+    """The language model. loss = cross-entropy of the next token + alpha * sequence-wise balance loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -283,76 +236,6 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self.model.memories is not None:
-            self.model.memories.drop_pending()
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Backbone, then tables, then the config: a folder with a config is complete."""
-        folder = Path(save_directory)
-        super().save_pretrained(folder, **kwargs)
-        if self.model.memories is None or not kwargs.get("is_main_process", True):
-            return
-        config, aside = folder / "config.json", folder / "config.json.tmp"
-        os.replace(config, aside)
-        self.model.memories.save_tables(folder)
-        os.replace(aside, config)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any
-    ) -> Any:
-        """The model with its tables open; ValueError where a table is missing, truncated or another model's."""
-        if placement != "host":
-            raise ValueError(
-                f"placement must be 'host', got {placement!r}: other placements come with a later version"
-            )
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub = {
-            key: kwargs[key]
-            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            if key in kwargs
-        }
-        model._open_tables(lambda file: _resolve(name, file, hub))
-        return loaded
-
-    def load_tables(self, folder: str | os.PathLike[str]) -> None:
-        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
-        self._open_tables(lambda file: Path(folder) / file)
-
-    def _open_tables(self, find: Any) -> None:
-        if self.model.memories is None:
-            return
-        spec, opened = self.model.memories.spec, []
-        for layer_id, memory in self.model.memories.items():
-            path = find(self.model.memories.table_path(Path(), layer_id).name)
-            table = RamTable.open(
-                path,
-                num_rows=spec.layer(layer_id).rows,
-                width=self.config.memory_row_width,
-                digest=spec.digest,
-            )
-            if int(memory.generation) != table.generation:
-                raise ValueError(
-                    f"{path}: generation {table.generation}, the backbone was saved with {int(memory.generation)}: "
-                    "take both from one save_pretrained"
-                )
-            opened.append((memory, table))
-        for memory, table in opened:  # all or none
-            memory.table = table
-
-    def save_row_state(self, folder: str | os.PathLike[str]) -> None:
-        """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
-        if self.model.memories is not None:
-            self.model.memories.save_row_state(Path(folder))
-
-    def load_row_state(self, folder: str | os.PathLike[str]) -> None:
-        """Read back what `save_row_state` wrote."""
-        if self.model.memories is not None:
-            self.model.memories.load_row_state(Path(folder))
-
 
 def _length(cache: Cache | None) -> int | Tensor:
     """Slots taken; a static cache counts in a tensor that it changes in place."""
@@ -366,9 +249,3 @@ def _attention_cache(cache: Cache | None, layer: int) -> Any:
     if cache is None:
         return None
     return lambda latent, rope_key: cache.update(latent, rope_key, layer)
-
-
-def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
-    if os.path.isdir(name):
-        return Path(name, hub.get("subfolder", ""), file)
-    return Path(cached_file(str(name), file, **hub))

@@ -1,0 +1,153 @@
+"""What both classes share: initialization, and folders that hold a whole model.
+
+Tables are not parameters: `save_pretrained` and `from_pretrained` write and open them beside the backbone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import cached_file
+
+from byrote.memory import MemoryStack
+from byrote.models.engram.configuration import EngramConfig
+from byrote.nn.engram import Engram
+from byrote.nn.moe import Experts
+from byrote.nn.router import Router
+from byrote.tables import RamTable
+
+
+class EngramPreTrainedModel(PreTrainedModel):
+    config_class = EngramConfig
+    config: EngramConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EngramBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The whole initialization; std = `initializer_range`.
+
+        linear, embedding, router, experts   N(0, std^2)
+        biases, convolution                  0              (Engram paper, table 5: conv zero init)
+        all gains                            1
+        rows of the tables                   N(0, memory_initializer_range^2), drawn by the table itself
+        """
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up, mean=0.0, std=std)
+            init.normal_(module.down, mean=0.0, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Engram):
+            module.reset_gains(init)
+        if isinstance(module, Router):
+            init.zeros_(module.selection_bias)
+
+    @property
+    def memory_stack(self) -> MemoryStack | None:
+        """All memories of the model; None without any."""
+        return self.base_model.memories
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.memory_stack is not None:
+            self.memory_stack.drop_pending()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Backbone, then tables, then the config: a folder with a config is complete."""
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **kwargs)
+        if self.memory_stack is None or not kwargs.get("is_main_process", True):
+            return
+        config, aside = folder / "config.json", folder / "config.json.tmp"
+        os.replace(config, aside)
+        self.memory_stack.save_tables(folder)
+        os.replace(aside, config)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any
+    ) -> Any:
+        """The model with its tables open; ValueError where a table is missing, truncated or another model's.
+
+        `placement`: where the tables live; "host" is RAM.
+        """
+        if placement != "host":
+            raise ValueError(
+                f"placement must be 'host', got {placement!r}: other placements come with a later version"
+            )
+        if (
+            os.path.isdir(name)
+            and "config" not in kwargs
+            and not _resolve(name, "config.json", kwargs).is_file()
+        ):
+            # transformers would go on with the default config.
+            raise ValueError(
+                f"{name} holds no config.json, which is written last: the save did not come to its end"
+            )
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub = {
+            key: kwargs[key]
+            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if key in kwargs
+        }
+        model._open_tables(lambda file: _resolve(name, file, hub))
+        return loaded
+
+    def load_tables(self, folder: str | os.PathLike[str]) -> None:
+        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
+        self._open_tables(lambda file: Path(folder) / file)
+
+    def _open_tables(self, find: Callable[[str], Path]) -> None:
+        stack = self.memory_stack
+        if stack is None:
+            return
+        opened = []
+        for layer_id, memory in stack.items():
+            path = find(stack.table_path(Path(), layer_id).name)
+            table = RamTable.open(
+                path,
+                num_rows=stack.spec.layer(layer_id).rows,
+                width=self.config.memory_row_width,
+                digest=stack.spec.digest,
+            )
+            if int(memory.generation) != table.generation:
+                raise ValueError(
+                    f"{path}: generation {table.generation}, the backbone was saved with "
+                    f"{int(memory.generation)}: take both from one save_pretrained"
+                )
+            opened.append((memory, table))
+        for memory, table in opened:  # all or none
+            memory.table = table
+
+    def save_row_state(self, folder: str | os.PathLike[str]) -> None:
+        """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
+        if self.memory_stack is not None:
+            self.memory_stack.save_row_state(Path(folder))
+
+    def load_row_state(self, folder: str | os.PathLike[str]) -> None:
+        """Read back what `save_row_state` wrote."""
+        if self.memory_stack is not None:
+            self.memory_stack.load_row_state(Path(folder))
+
+
+def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
+    """`file` of a folder, or of a repository on the hub."""
+    if os.path.isdir(name):
+        return Path(name, hub.get("subfolder") or "", file)
+    return Path(cached_file(str(name), file, **hub))

@@ -1,0 +1,267 @@
+"""A folder that was saved holds the model, whole; what is missing, damaged or of another moment is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+
+from byrote import EngramConfig, EngramForCausalLM
+from byrote.models.engram import EngramModel
+from byrote.tables import RamTable
+from tests.models.conftest import VOCABULARY, logits, make, tables, train
+
+
+def biases(model):
+    return {name: buffer for name, buffer in model.named_buffers() if "selection_bias" in name}
+
+
+@pytest.mark.parametrize("load", [EngramForCausalLM, AutoModelForCausalLM])
+def test_round_trip(model, ids, tmp_path, load):
+    model.save_pretrained(tmp_path)
+    loaded = load.from_pretrained(tmp_path)
+    assert type(loaded) is EngramForCausalLM and not loaded.training
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    for ours, theirs in zip(tables(loaded), tables(model), strict=True):
+        assert torch.equal(ours.rows, theirs.rows) and ours.generation == theirs.generation == 3
+    for name, bias in biases(loaded).items():
+        assert torch.equal(bias, biases(model)[name]) and bias.any()
+
+
+def test_saving_again_gives_the_same_bytes(model, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    EngramForCausalLM.from_pretrained(first).save_pretrained(second)
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    for path in first.glob("*.safetensors"):
+        assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_saving_over_the_folder_that_was_loaded(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = train(EngramForCausalLM.from_pretrained(tmp_path))
+    expected = logits(loaded, ids)
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), expected)
+    assert torch.equal(logits(EngramForCausalLM.from_pretrained(tmp_path), ids), expected)
+
+
+def test_tables_are_not_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "table-1.safetensors",
+        "table-2.safetensors",
+    ]
+    sizes = {table.num_rows for table in tables(model)}
+    assert not any(sizes & set(value.shape) for value in model.state_dict().values())
+
+
+def test_a_folder_has_a_config_only_when_it_is_whole(model, tmp_path, monkeypatch):
+    def full_disk(folder):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(model.model.memories, "save_tables", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="holds no config.json"):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_other_ranks_write_nothing(model, tmp_path):
+    model.save_pretrained(tmp_path / "rank-1", is_main_process=False)
+    assert not list((tmp_path / "rank-1").glob("table-*"))
+
+
+def test_half_precision(model, ids, tmp_path):
+    """The router's bias moves by 0.001 a step: bfloat16 would lose it."""
+    model.save_pretrained(tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    for name, bias in biases(loaded).items():
+        assert bias.dtype == torch.float32 and torch.equal(bias, biases(model)[name])
+    assert all(memory.generation.dtype == torch.int64 for _, memory in loaded.model.memories.items())
+    assert torch.equal(loaded.model.memories.vocabulary, model.model.memories.vocabulary)
+    assert torch.equal(tables(loaded)[0].rows, tables(model)[0].rows)
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(loaded, ids).float(), expected, atol=0.1, rtol=0.1)
+    loaded.save_pretrained(tmp_path / "half")
+    again = EngramForCausalLM.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}  # the config says so
+    for name, bias in biases(again).items():
+        assert bias.dtype == torch.float32 and torch.equal(bias, biases(model)[name])
+
+
+def test_shards(model, ids, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = EngramForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_loading_info(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = EngramForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_a_pipeline_from_a_folder(model, word_tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    here = pipeline("text-generation", model=model, tokenizer=word_tokenizer, device="cpu")
+    assert generate("t3 t4 t5", **options) == here("t3 t4 t5", **options)
+
+
+def test_the_trunk_alone(model, ids, tmp_path):
+    """AutoModel opens what EngramForCausalLM saved, tables too; so it does with what the trunk itself saved."""
+    model.save_pretrained(tmp_path / "whole")
+    expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    trunk = AutoModel.from_pretrained(tmp_path / "whole")
+    assert type(trunk) is EngramModel
+    assert torch.equal(trunk(input_ids=ids, use_cache=False).last_hidden_state, expected)
+    trunk.save_pretrained(tmp_path / "trunk")
+    again = AutoModel.from_pretrained(tmp_path / "trunk")
+    assert torch.equal(again(input_ids=ids, use_cache=False).last_hidden_state, expected)
+
+
+def damage(name):
+    def cut(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-64])
+
+    return cut
+
+
+def swap(folder: Path) -> None:
+    """The table of the other layer: other sizes."""
+    (folder / "table-1.safetensors").write_bytes((folder / "table-2.safetensors").read_bytes())
+
+
+DAMAGE = {
+    "missing table": (
+        lambda folder: (folder / "table-2.safetensors").unlink(),
+        "table-2.safetensors: no such table",
+    ),
+    "truncated table": (damage("table-1.safetensors"), "table-1.safetensors: truncated"),
+    "another layer's table": (swap, "table-1.safetensors: num_rows is"),
+    "older table": (lambda folder: save_older(folder), "generation 0, the backbone was saved with 3"),
+    "another seed's table": (lambda folder: save_other(folder), "table-1.safetensors: digest is"),
+}
+
+
+def save_older(folder: Path) -> None:
+    tables(make())[0].save(folder / "table-1.safetensors")
+
+
+def save_other(folder: Path) -> None:
+    tables(make(memory_seed=4))[0].save(folder / "table-1.safetensors")
+
+
+@pytest.mark.parametrize(("spoil", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_when_the_folder_is_opened(model, ids, tmp_path, spoil, message):
+    model.save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        EngramForCausalLM.from_pretrained(tmp_path)
+    expected = logits(model, ids)
+    with pytest.raises(ValueError, match=message):
+        model.load_tables(tmp_path)
+    assert torch.equal(logits(model, ids), expected)  # neither table was replaced
+
+
+def test_a_truncated_backbone_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    damage("model.safetensors")(tmp_path)
+    with pytest.raises(Exception, match="(?i)incomplete|truncated|invalid|header"):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_plain_load_state_dict_is_found_at_the_next_forward(model, ids, tmp_path):
+    other = make(seed=5)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="generation 3 of its table, the table is at 0"):
+        other(input_ids=ids)
+    model.save_pretrained(tmp_path)
+    other.load_tables(tmp_path)
+    assert torch.equal(logits(other.eval(), ids), logits(model, ids))
+    older = make().state_dict()
+    model.load_state_dict(older)
+    with pytest.raises(RuntimeError, match="generation 0 of its table, the table is at 3"):
+        model(input_ids=ids)
+
+
+def test_load_state_dict_with_assign(model, ids):
+    other = make(seed=5)
+    other(input_ids=ids)  # the generation has been checked once
+    other.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="load_tables"):
+        other(input_ids=ids)
+
+
+def test_a_vocabulary_travels_with_the_model(ids, folded, tmp_path):
+    model = train(make(vocabulary=folded))
+    model.save_pretrained(tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert torch.equal(loaded.model.memories.vocabulary, torch.from_numpy(folded))
+    config = EngramConfig.from_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(RuntimeError, match="vocabulary map is not set"):
+        fresh(input_ids=ids)
+    fresh.load_state_dict(model.state_dict())
+    fresh.load_tables(tmp_path)
+    assert torch.equal(logits(fresh.eval(), ids), logits(model, ids))
+
+
+def test_weights_with_another_vocabulary_are_refused(ids, folded, tmp_path):
+    model, other = make(vocabulary=folded), make(vocabulary=np.arange(VOCABULARY)[::-1] // 2)
+    state = model.state_dict() | {"model.memories.vocabulary": other.model.memories.vocabulary}
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="vocabulary map has digest"):
+        model(input_ids=ids)
+
+
+def test_from_config_needs_no_tokenizer(ids):
+    model = AutoModelForCausalLM.from_config(EngramConfig.from_preset("nano", vocab_size=VOCABULARY))
+    assert model(input_ids=ids).logits.shape == (2, 12, VOCABULARY)
+
+
+def test_the_meta_device_draws_no_rows():
+    with torch.device("meta"):
+        model = make(memory_table_sizes=[10**8, 10**8])
+    assert all(table._rows is None and table.stats()["bytes"] > 10**9 for table in tables(model))
+
+
+def test_opening_draws_no_rows(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+
+    def rows(table):
+        assert table._rows is not None, "rows were drawn"
+        return table._rows
+
+    monkeypatch.setattr(RamTable, "rows", property(rows))
+    assert torch.equal(tables(EngramForCausalLM.from_pretrained(tmp_path))[0].rows, tables(model)[0].rows)
+
+
+def test_another_placement_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="placement must be 'host', got 'device'"):
+        EngramForCausalLM.from_pretrained(tmp_path, placement="device")
+
+
+def test_another_config_than_the_folder_has(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"memory_row_width": 16}))
+    with pytest.raises(
+        (ValueError, RuntimeError), match="width is 8, the model needs 16|size mismatch|ismatched"
+    ):
+        EngramForCausalLM.from_pretrained(tmp_path)
