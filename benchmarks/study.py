@@ -68,7 +68,8 @@ def folder(out: Path, model: str, corpus: str, seed: int) -> Path:
 
 
 def recipe(model: str, corpus: str, seed: int, overrides: list[str]) -> Recipe:
-    common = [f'data.corpus="{corpus}"', f"train.seed={seed}", "train.threads=1", "train.eval_every=0"]
+    seeds = [f"train.seed={seed}", f"model.memory_seed={seed}"]  # of weights and data; of the hash and the rows
+    common = [f'data.corpus="{corpus}"', *seeds, "train.threads=1", "train.eval_every=0"]
     return Recipe.load(MODELS[model], [*common, *overrides])
 
 
