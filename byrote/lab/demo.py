@@ -1,7 +1,7 @@
 """The demo: a DeepSeek-style mixture of experts against the same model with a memory, on the same tokens.
 
-Both recipes name the same data and the same training; the number of parameters is equal (total within 1
-%, active within 2 %), and that is asserted before anything is trained. OUT/ holds a run folder for each,
+Both recipes name the same data and the same training; the sizes are equal (total parameters within 1 %,
+active ones and FLOPs within 2 %), and that is printed and asserted before anything is trained. OUT/ holds a run folder for each,
 and
 
     report.json  loss.png  sample.txt  gates.html  gates.json
@@ -27,6 +27,7 @@ from byrote.train.run import config_of, prepare_data, train
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
+NAMES = {"total": "total parameters", "active": "active parameters", "flops_per_token": "FLOPs per token"}
 
 
 def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str, dict[str, Any]]:
@@ -80,16 +81,19 @@ def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Co
         name: count(config_of(recipe, tokenizer), recipe.data.length) for name, recipe in recipes.items()
     }
     check_sizes(counts)
+    for name, c in counts.items():
+        sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active, {c.flops_per_token:,} FLOPs a token"
+        console.print(f"{name}: {sizes}", highlight=False)
     return counts
 
 
 def check_sizes(counts: dict[str, Counts]) -> None:
     names = list(counts)
-    for field, share in (("total", TOTAL), ("active", ACTIVE)):
+    for field, share in (("total", TOTAL), ("active", ACTIVE), ("flops_per_token", ACTIVE)):
         a, b = (getattr(counts[name], field) for name in names)
         if abs(a - b) > share * a:
             raise ValueError(
-                f"{field} parameters differ by {abs(a - b) / a:.1%} ({names[0]} {a:,}, {names[1]} {b:,}); "
+                f"{NAMES[field]} differ by {abs(a - b) / a:.1%} ({names[0]} {a:,}, {names[1]} {b:,}); "
                 f"at most {share:.0%} is a comparison: change the experts or the tables of a recipe"
             )
 
