@@ -1,6 +1,6 @@
 """Which experts a token goes to, with what weight, and how the load stays even.
 
-DeepSeekMoE (2401.06066 section 3); DeepSeek-V2 and -V3, section 2.1.2; loss-free balance 2408.15664.
+DeepSeekMoE (2401.06066 section 3); DeepSeek-V2 section 2.2, -V3 section 2.1.2; loss-free balance 2408.15664.
 
     s    = sigmoid(x W^T) or softmax(x W^T)              affinities, float32 also under autocast
     ids  = the top_k of s + b                            b: the selection bias; it never weighs an expert

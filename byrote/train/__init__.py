@@ -1,1 +1,6 @@
 """Training: recipes, the one optimizer, the loop, checkpoints, evaluation."""
+
+from byrote.train.callback import TableCallback
+from byrote.train.optimizer import Optimizer
+
+__all__ = ["Optimizer", "TableCallback"]

@@ -27,7 +27,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    corpus: str = "factbook"  # a name of `byrote data --list`, files:PATTERN or hf:NAME
+    corpus: str = "factbook"  # a name of `byrote data`, files:PATTERN or hf:NAME
     folder: str = ""  # where the prepared corpus lies; data/NAME unless given
     vocab_size: int = 8192
     tokenizer: str = ""  # a tokenizer folder to use instead of training one
