@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.address import compress
 from byrote.data.tokenizer import encode_documents, train_tokenizer
-from byrote.train.optimizer import Optimizer
+from byrote.train import Optimizer
 
 RIVERS = {"Aral": "Alder", "Birk": "Brisk", "Corin": "Clear", "Dunmore": "Dove", "Elan": "Esk"}
 RIVERS |= {"Farrow": "Fleet", "Garth": "Gray", "Holm": "Haven", "Iver": "Isla", "Joss": "Jordan"}

@@ -9,8 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.train.callback import TableCallback
-from byrote.train.optimizer import Optimizer
+from byrote.train import Optimizer, TableCallback
 
 
 def dataset() -> list[dict[str, torch.Tensor]]:
