@@ -113,12 +113,13 @@ class MemoryStack(nn.Module):
         ids = canonical_ids(self.vocabulary, input_ids, sequence.alive)
         tail = ids.new_full((ids.shape[0], self.spec.max_order - 1), DEAD) if state is None else state.tails["ids"]
         window = windows(ids, sequence.starts, tail, self.spec.max_order)
-        if state is not None:
-            state.advance("ids", ids, sequence)
-        return {
+        tickets = {
             layer_id: memory.ticket(hash_windows(window, self.spec.layer(layer_id), self.spec.pad_id))
             for layer_id, memory in self.items()
         }
+        if state is not None:
+            state.advance("ids", ids, sequence)
+        return tickets
 
     def drop_pending(self) -> None:
         for _, memory in self.items():

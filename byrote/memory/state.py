@@ -91,19 +91,19 @@ class MemoryState(CacheLayerMixin):
         return state
 
     def begin(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make empty tails for `batch_size` rows, unless there are some."""
+        """Make empty tails for `batch_size` rows, unless some have moved already."""
         if not self.is_initialized:
             for name, spec in self.fields.items():
                 shape = (batch_size, spec.length, *spec.shape)
                 value = int(spec.empty) if spec.dtype == torch.int64 else spec.empty
                 self.tails[name] = torch.full(shape, value, dtype=spec.dtype or dtype, device=device)
-            self.is_initialized = True
         rows = self.tails["position"].shape[0]
         if rows != batch_size:
             raise ValueError(f"past_key_values holds {rows} rows, input_ids {batch_size}: select or repeat the cache first")
 
     def advance(self, name: str, columns: Tensor, sequence: Sequence) -> None:
         """Let the tail `name` move over the columns [B, T, ...] of the new tokens."""
+        self.is_initialized = True
         tail = carry(self.tails[name], columns, sequence.alive, sequence.starts, self.fields[name].empty)
         if self.record_past:
             record = self.records.setdefault(name, Record(self.tails[name].clone()))

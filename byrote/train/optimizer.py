@@ -91,7 +91,9 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_adamw(group)
         self._step_rows(row_gradients)
         if self.routers:
-            moved = [router.update_bias(self.router_bias_rate) for router in self.routers]
+            # A frozen router stays as it is, bias and all: an adapter is saved without it.
+            rates = [self.router_bias_rate if router.weight.requires_grad else 0.0 for router in self.routers]
+            moved = [router.update_bias(rate) for router, rate in zip(self.routers, rates, strict=True)]
             self.max_violation = float(torch.stack(moved).mean())
         return loss
 

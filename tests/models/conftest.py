@@ -1,4 +1,4 @@
-"""Small models with seen-to-be-used memories, and a comparison of all that they hold."""
+"""Small models with memories that matter."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ def test_presets_build(preset):
 def test_a_preset_with_something_changed():
     config = EngramConfig.from_preset("nano", hidden_size=128)
     assert config.hidden_size == 128
-    with pytest.raises(ValueError, match="preset must be one of .'nano', 'tiny'.*'huge'"):
+    with pytest.raises(ValueError, match=r"preset must be one of .'nano', 'tiny'.*'huge'"):
         EngramConfig.from_preset("huge")
     assert PRESETS["nano"] == {"memory_layers": [1], "memory_table_sizes": [499, 997]}
 
@@ -138,7 +138,7 @@ def test_vocabularies(folded):
     with pytest.raises(ValueError, match="pass the map of the tokenizer"):
         EngramForCausalLM(config, np.arange(VOCABULARY))
     unset = EngramForCausalLM(config)
-    with pytest.raises(RuntimeError, match="vocabulary map is not set.*vocabulary="):
+    with pytest.raises(RuntimeError, match=r"vocabulary map is not set.*vocabulary="):
         unset(input_ids=torch.tensor([[1, 2]]))
     EngramForCausalLM(config, folded)(input_ids=torch.tensor([[1, 2]]))
     # Ids that stand for themselves need no map: the model knows it.

@@ -1,4 +1,4 @@
-"""A folder that was saved holds the model, whole; what is missing, damaged or of another moment is refused."""
+"""A saved folder holds the whole model; what is missing, damaged or of another moment is refused."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_folder_has_a_config_only_when_it_is_whole(model, tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config.json"):
         EngramForCausalLM.from_pretrained(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_a_pipeline_from_a_folder(model, word_tokenizer, tmp_path):
 
 
 def test_the_trunk_alone(model, ids, tmp_path):
-    """AutoModel opens what EngramForCausalLM saved, tables too; so it does with what the trunk itself saved."""
+    """AutoModel opens what EngramForCausalLM saved, tables too, and what the trunk itself saved."""
     model.save_pretrained(tmp_path / "whole")
     expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
     trunk = AutoModel.from_pretrained(tmp_path / "whole")
@@ -180,7 +180,7 @@ def test_damage_is_found_when_the_folder_is_opened(model, ids, tmp_path, spoil, 
 def test_a_truncated_backbone_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     damage("model.safetensors")(tmp_path)
-    with pytest.raises(Exception, match="(?i)incomplete|truncated|invalid|header"):
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|header"):
         EngramForCausalLM.from_pretrained(tmp_path)
 
 
@@ -262,6 +262,6 @@ def test_another_config_than_the_folder_has(model, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"memory_row_width": 16}))
     with pytest.raises(
-        (ValueError, RuntimeError), match="width is 8, the model needs 16|size mismatch|ismatched"
+        (ValueError, RuntimeError), match=r"width is 8, the model needs 16|size mismatch|ismatched"
     ):
         EngramForCausalLM.from_pretrained(tmp_path)

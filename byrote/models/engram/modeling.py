@@ -15,12 +15,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from byrote.address.hashing import canonical_ids
 from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory import MemoryStack, MemoryState, Sequence
 from byrote.memory.sequence import NO_POSITION
 from byrote.memory.state import Field
 from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
+from byrote.models.engram.inputs import check_ids, check_labels, check_places
 from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
@@ -90,10 +92,7 @@ class EngramModel(EngramPreTrainedModel):
 
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
         """
-        if input_ids is None:
-            raise ValueError(
-                "input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds"
-            )
+        input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:
@@ -103,14 +102,23 @@ class EngramModel(EngramPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        state = None if past_key_values is None else self.attach_memory_state(past_key_values)
-        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if state is not None:
-            state.begin(input_ids.shape[0], embeddings.dtype, input_ids.device)
         past = _length(past_key_values)
+        check_places(input_ids, attention_mask, position_ids, int(past))
+        state = None if past_key_values is None else self.attach_memory_state(past_key_values)
+        if state is not None:
+            state.begin(input_ids.shape[0], self.embed_tokens.weight.dtype, input_ids.device)
         sequence, mask = self._place(input_ids, attention_mask, position_ids, past, past_key_values, state)
-
-        tickets = {} if self.memories is None else self.memories(input_ids, sequence, state)
+        if self.memories is None:
+            tickets = {}
+            canonical_ids(
+                torch.arange(self.config.vocab_size, device=input_ids.device), input_ids, sequence.alive
+            )
+        else:
+            tickets = self.memories(input_ids, sequence, state)
+        # From here on nothing is refused. Only what stands under padding may still be no id.
+        embeddings = inputs_embeds
+        if embeddings is None:
+            embeddings = self.embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
         if state is not None:
             state.advance("position", sequence.position_ids, sequence)
             state.advance("document", sequence.document, sequence)
@@ -155,10 +163,6 @@ class EngramModel(EngramPreTrainedModel):
         """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal)."""
         batch, steps = input_ids.shape
         known = int(past) + steps
-        if attention_mask is not None and attention_mask.shape != (batch, known):
-            raise ValueError(
-                f"attention_mask must be [{batch}, {known}] (cached and new tokens), got {list(attention_mask.shape)}"
-            )
         plain = attention_mask is None and position_ids is None and cache is None
         key_alive = (
             torch.ones(batch, known, dtype=torch.bool, device=input_ids.device)
@@ -208,6 +212,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100 where nothing is predicted."""
+        check_labels(labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,73 @@
+"""PEFT: LoRA attaches, trains and saves; it freezes the anchors, and with them the tables."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from byrote import EngramForCausalLM
+from tests.models.conftest import VOCABULARY, logits, tables, train
+
+
+def lora(model, **options):
+    config = {"r": 4, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM", "lora_alpha": 8}
+    return get_peft_model(model, LoraConfig(**{**config, **options}))
+
+
+def test_lora_trains_and_tables_stay(model, ids, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    before = [table.rows.clone() for table in tables(model)]
+    expected = logits(model, ids)
+    adapted = lora(model)
+    assert torch.equal(logits(adapted, ids), expected)  # LoRA begins as the identity
+    trainable = {name.rsplit(".", 3)[1] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
+    train(adapted, steps=5, lr=1e-2)
+    assert all(not memory.anchor.requires_grad for _, memory in model.model.memories.items())
+    for table, rows in zip(tables(model), before, strict=True):
+        assert torch.equal(table.rows, rows) and table.generation == 3
+    changed = logits(adapted, ids)
+    assert (changed - expected).abs().max() > 1e-3
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("table-*"))
+    base = EngramForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded, ids), changed, atol=1e-6, rtol=0)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), changed, atol=1e-5, rtol=0)
+
+
+def test_the_loss_goes_down_and_generation_is_cached(model, ids):
+    adapted = lora(model)
+    batch = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = adapted(input_ids=batch, labels=batch).loss
+    train(adapted, steps=20, lr=1e-2)
+    with torch.no_grad():
+        assert adapted(input_ids=batch, labels=batch).loss < before - 0.01
+    options = {"max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(
+        adapted.generate(input_ids=ids, **options),
+        adapted.generate(input_ids=ids, use_cache=False, **options),
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_with_gradient_checkpointing(model, use_reentrant):
+    adapted = lora(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        adapted.enable_input_require_grads()
+    adapted.train()
+    batch = torch.randint(3, VOCABULARY, (2, 16))
+    adapted(input_ids=batch, labels=batch).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_an_anchor_that_is_set_free_moves_its_table(model):
+    """`requires_grad` of the anchor is the only switch."""
+    before = [table.rows.clone() for table in tables(model)]
+    adapted = lora(model)
+    model.model.memories.memories["2"].anchor.requires_grad_(True)
+    train(adapted, steps=2)
+    assert torch.equal(tables(model)[0].rows, before[0]) and not torch.equal(tables(model)[1].rows, before[1])
