@@ -1,0 +1,138 @@
+"""The one optimizer: what moves, what does not, and that a refused step changes nothing."""
+
+import pytest
+import torch
+
+from byrote import EngramConfig, EngramForCausalLM
+from byrote.nn.router import Router
+from byrote.train.optimizer import Optimizer
+
+
+def make(**overrides) -> EngramForCausalLM:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 32, "memory_layers": [1, 2], "memory_table_sizes": [31, 61], **overrides}
+    return EngramForCausalLM(EngramConfig.from_preset("nano", **settings)).train()
+
+
+def everything(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for layer, memory in model.model.memories.items():
+        table = memory.table
+        fields = Optimizer(model).rule.fields(table.width)
+        state[f"rows.{layer}"] = table.rows.clone()
+        rows = torch.arange(table.num_rows)
+        state |= {f"{name}.{layer}": value for name, value in table.read_state(rows, fields).items()}
+    return state
+
+
+def some_ids(rows, length, seed=1):
+    return torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_no_trace_in_training(side):
+    """Tables so small that what padding reads is also read by tokens, in other steps."""
+    results, touched = [], []
+    for pad in (0, 5):
+        model = make()
+        optimizer = Optimizer(model, lr=1e-3, eps=1e-3)
+        touched.append([])
+        for step in range(4):
+            ids = some_ids(3, 6, seed=step)
+            padding = (pad, 0) if side == "left" else (0, pad)
+            mask = torch.nn.functional.pad(torch.ones_like(ids), padding)
+            labels = torch.nn.functional.pad(ids, padding, value=-100)
+            if side == "left" and pad:
+                labels[:, pad] = -100  # the first token is predicted by nothing, here as there
+            model(
+                input_ids=torch.nn.functional.pad(ids, padding, value=2), attention_mask=mask, labels=labels
+            ).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            touched[-1].append(optimizer.rows_touched)
+        results.append(everything(model))
+    assert touched[0] == touched[1]
+    for name, value in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_row_gradients_that_are_not_finite_change_nothing():
+    """Also when only the second table has one, and the backbone none."""
+    model = make()
+    optimizer = Optimizer(model)
+    ids = some_ids(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = everything(model)
+    pending = model.model.memories.memories["2"].lookup.pending
+    rows, gradient = pending.parts[0]
+    pending.parts[0] = (rows, gradient.index_fill(0, torch.tensor([0]), float("nan")))
+    with pytest.raises(RuntimeError, match="row gradients are not finite; nothing was changed"):
+        optimizer.step()
+    for name, value in everything(model).items():
+        assert torch.equal(value, before[name]), name
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()  # and training goes on
+
+
+def test_a_frozen_router_keeps_its_bias():
+    model = make()
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers[0].weight.requires_grad_(False)
+    optimizer = Optimizer(model, router_bias_rate=0.1)
+    ids = some_ids(2, 8)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert not routers[0].selection_bias.any() and all(router.selection_bias.any() for router in routers[1:])
+    assert optimizer.max_violation > 0
+
+
+def test_a_step_without_a_backward_moves_no_row():
+    model = make()
+    optimizer = Optimizer(model)
+    optimizer.step()
+    assert optimizer.rows_touched == 0
+    assert all(memory.table.generation == 0 for _, memory in model.model.memories.items())
+
+
+def test_kinds_and_decay():
+    groups = Optimizer(make(), lr=1e-3, row_rate=5.0, weight_decay=0.1).param_groups
+    assert [(g["kind"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("adamw", 1e-3, 0.1),
+        ("adamw", 1e-3, 0.0),
+        ("rows", 5e-3, 0.0),
+    ]
+    assert {group["kind"] for group in Optimizer(make(memory_layers=[])).param_groups} == {"adamw"}
+    assert {tuple(p.shape) for p in groups[2]["params"]} == {(1,)}
+
+
+def test_rows_are_clipped_row_by_row():
+    moved = []
+    for max_norm in (None, 1e-6):
+        model = make()
+        optimizer = Optimizer(model, lr=1e-3, eps=1e-3, row_max_norm=max_norm)
+        before = everything(model)
+        ids = some_ids(2, 8)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        after = everything(model)
+        moved.append({name: (after[name] - before[name]).abs().max() for name in ("rows.1", "rows.2")})
+    assert all(moved[1][name] < 0.1 * moved[0][name] for name in moved[0])
+
+
+def test_a_closure_is_called_with_gradients():
+    model = make()
+    optimizer = Optimizer(model)
+    ids = some_ids(2, 8)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first and optimizer.rows_touched > 0
