@@ -60,7 +60,7 @@ class EngramPreTrainedModel(PreTrainedModel):
     @property
     def memory_stack(self) -> MemoryStack | None:
         """All memories of the model; None without any."""
-        return self.base_model.memories
+        return self.base_model.memories  # type: ignore[return-value]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
