@@ -46,9 +46,7 @@ def place(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_everything_on_the_page_runs(page, place, app):
     for kind, text in blocks(page):
-        assert kind in ("bash", "python", "text"), (
-            f"{page.name} has a block of {kind!r}: nothing would check it"
-        )
+        assert kind in ("bash", "python", "text"), f"{page.name} has a block of {kind!r}: nothing would check it"
         if kind == "python":
             exec(compile(text, page.name, "exec"), {"__name__": "__main__"})
         for line in text.splitlines() if kind == "bash" else ():

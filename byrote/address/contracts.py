@@ -58,9 +58,7 @@ def multiplier_half_bound(compressed_vocab_size: int) -> int:
 
 def draw_multipliers(compressed_vocab_size: int, max_order: int, layer_id: int, seed: int) -> tuple[int, ...]:
     generator = np.random.default_rng(seed + 10007 * layer_id)
-    draws = generator.integers(
-        0, multiplier_half_bound(compressed_vocab_size), size=max_order, dtype=np.int64
-    )
+    draws = generator.integers(0, multiplier_half_bound(compressed_vocab_size), size=max_order, dtype=np.int64)
     return tuple(2 * int(draw) + 1 for draw in draws)
 
 

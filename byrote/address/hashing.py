@@ -67,8 +67,7 @@ def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
     xp = _namespace(windows)
     if windows.shape[-1] != len(layer.multipliers):
         raise ValueError(
-            f"windows has {windows.shape[-1]} places; "
-            f"layer {layer.layer_id} needs max_order = {len(layer.multipliers)}"
+            f"windows has {windows.shape[-1]} places; layer {layer.layer_id} needs max_order = {len(layer.multipliers)}"
         )
     ids = xp.where(windows == DEAD, pad_id, windows)
     mix = ids[..., 0] * layer.multipliers[0]
@@ -107,9 +106,7 @@ def _with_tail(ids: Array, starts: Array, tail: Array | None, max_order: int) ->
     if tail is None:
         tail = xp.broadcast_to(xp.full_like(ids[:, :1], DEAD), (len(ids), max_order - 1))
     if tuple(tail.shape) != (len(ids), max_order - 1):
-        raise ValueError(
-            f"tail has shape {list(tail.shape)}; give [B, max_order - 1] = [{len(ids)}, {max_order - 1}]"
-        )
+        raise ValueError(f"tail has shape {list(tail.shape)}; give [B, max_order - 1] = [{len(ids)}, {max_order - 1}]")
     opens = xp.concatenate([tail == DEAD, starts | (ids == DEAD)], 1)
     return xp.concatenate([tail, ids], 1), xp.cumsum(opens, 1)
 

@@ -70,9 +70,7 @@ class AddressSpec:
 
     def __post_init__(self) -> None:
         _require(self.contract in CONTRACTS, "contract", self.contract, f"one of {', '.join(CONTRACTS)}")
-        _require(
-            self.format_version == FORMAT_VERSION, "format_version", self.format_version, f"{FORMAT_VERSION}"
-        )
+        _require(self.format_version == FORMAT_VERSION, "format_version", self.format_version, f"{FORMAT_VERSION}")
         for name in ("vocab_size", "compressed_vocab_size", "pad_id", "max_order", "heads", "seed"):
             _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
         classes = self.compressed_vocab_size
@@ -90,9 +88,7 @@ class AddressSpec:
         )
         _require(self.max_order >= 2, "max_order", self.max_order, "at least 2")
         _require(self.heads >= 1, "heads", self.heads, "at least 1")
-        _require(
-            _is_digest(self.vocabulary_digest), "vocabulary_digest", self.vocabulary_digest, "64 hex digits"
-        )
+        _require(_is_digest(self.vocabulary_digest), "vocabulary_digest", self.vocabulary_digest, "64 hex digits")
         _require(len(self.layers) > 0, "layers", self.layers, "at least one layer")
         layer_ids = [layer.layer_id for layer in self.layers]
         _require(len(set(layer_ids)) == len(layer_ids), "layers", layer_ids, "distinct layer ids")
@@ -148,9 +144,7 @@ class AddressSpec:
         for layer in self.layers:
             if layer.layer_id == layer_id:
                 return layer
-        raise ValueError(
-            f"layer_id is {layer_id}; this specification has {[a.layer_id for a in self.layers]}"
-        )
+        raise ValueError(f"layer_id is {layer_id}; this specification has {[a.layer_id for a in self.layers]}")
 
     def check_vocabulary(self, vocabulary: np.ndarray) -> None:
         """Refuse a raw-to-compressed map other than the one that this specification was built for."""
@@ -191,8 +185,7 @@ class AddressSpec:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"layers is malformed ({error}); each needs layer_id, multipliers [max_order], "
-                "primes [orders][heads]"
+                f"layers is malformed ({error}); each needs layer_id, multipliers [max_order], primes [orders][heads]"
             ) from error
         spec = cls(layers=layers, **fields)
         if spec.digest != data["digest"]:

@@ -29,9 +29,7 @@ def conformance(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     if not passed + failed:
-        typer.echo(
-            "error: no case to check; give --hash FILE.json, --forward FILE.safetensors, or both", err=True
-        )
+        typer.echo("error: no case to check; give --hash FILE.json, --forward FILE.safetensors, or both", err=True)
         raise typer.Exit(2)
     typer.echo(f"{passed} passed, {failed} failed")
     if failed:

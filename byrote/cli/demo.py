@@ -8,9 +8,7 @@ from rich.console import Console
 
 
 def demo(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ... of both recipes")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of both recipes")] = None,
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
 ) -> None:
     """Train a mixture of experts, and the same model with a memory, on the same tokens; compare them.

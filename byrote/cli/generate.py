@@ -19,9 +19,7 @@ def generate(
     if max_tokens < 1:
         raise ValueError(f"--max-tokens is {max_tokens}; it must be at least 1")
     if temperature <= 0:
-        raise ValueError(
-            f"--temperature is {temperature}; it must be above 0 (for the likeliest token: --greedy)"
-        )
+        raise ValueError(f"--temperature is {temperature}; it must be above 0 (for the likeliest token: --greedy)")
     import torch
     from transformers import TextStreamer
 
@@ -33,8 +31,6 @@ def generate(
     sampling = {} if greedy else {"temperature": temperature}
     shown = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     with torch.no_grad():
-        output = model.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=not greedy, streamer=shown, **sampling
-        )
+        output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=not greedy, streamer=shown, **sampling)
     if not stream:
         typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))

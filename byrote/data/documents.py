@@ -42,9 +42,7 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
         if _seen(text, texts):
             continue
         kept = [
-            line
-            for line in text.split("\n")
-            if len(line.strip()) < REPEATED_LINE or not _seen(line.strip(), lines)
+            line for line in text.split("\n") if len(line.strip()) < REPEATED_LINE or not _seen(line.strip(), lines)
         ]
         shortened = clean("\n".join(kept))
         if shortened:

@@ -157,8 +157,6 @@ def poems(folder: Path) -> Iterator[Document]:
             life = record.get("desc") or record.get("description")  # of a poet
             lines = record.get("paragraphs") or record.get("content") or (life and [life])
             if isinstance(lines, list) and lines and all(isinstance(line, str) for line in lines):
-                head = [
-                    str(record[key]) for key in ("title", "rhythmic", "author", "name") if record.get(key)
-                ]
+                head = [str(record[key]) for key in ("title", "rhythmic", "author", "name") if record.get(key)]
                 name = f"{path.relative_to(folder).as_posix()}-{number}"
                 yield Document(name, clean("\n".join([" ".join(head), *lines])))

@@ -39,9 +39,7 @@ class Tokens:
     def open(cls, folder: Path, part: str) -> "Tokens":
         path = folder / f"{part}.tokens.npy"
         if not path.exists():
-            raise ValueError(
-                f"{folder} holds no prepared corpus ({path.name} is missing); run `byrote data` first"
-            )
+            raise ValueError(f"{folder} holds no prepared corpus ({path.name} is missing); run `byrote data` first")
         return cls(np.load(path, mmap_mode="r"), np.load(folder / f"{part}.offsets.npy"))
 
     def __len__(self) -> int:
@@ -65,9 +63,7 @@ class Packer:
 
     def __init__(self, data: Tokens, batch_size: int, length: int, seed: int, rank: int = 0, world: int = 1):
         if batch_size % world:
-            raise ValueError(
-                f"batch_size {batch_size} is not divisible by the {world} processes; make it a multiple"
-            )
+            raise ValueError(f"batch_size {batch_size} is not divisible by the {world} processes; make it a multiple")
         if len(data) == 0:
             raise ValueError("the corpus holds no tokens")
         self.data, self.batch_size, self.length, self.seed = data, batch_size, length, seed
@@ -76,9 +72,7 @@ class Packer:
         self._order = self._begins = np.empty(0, np.int64)
 
     def batch(self, step: int) -> Batch:
-        rows = [
-            self._row(step * self.batch_size + row) for row in range(self.rank, self.batch_size, self.world)
-        ]
+        rows = [self._row(step * self.batch_size + row) for row in range(self.rank, self.batch_size, self.world)]
         return _stack(rows)
 
     def epoch(self, step: int) -> float:
@@ -123,9 +117,7 @@ def validation_batches(data: Tokens, batch_size: int, length: int) -> Iterator[B
     stride = length - 1
     whole, rest = divmod(len(data) - 1, stride)
     for first in range(0, whole, batch_size):
-        yield _stack(
-            [row(i * stride, i * stride + length) for i in range(first, min(first + batch_size, whole))]
-        )
+        yield _stack([row(i * stride, i * stride + length) for i in range(first, min(first + batch_size, whole))])
     if rest:
         yield _stack([row(whole * stride, len(data))])
 
@@ -145,7 +137,4 @@ def _join(pieces: list[tuple[np.ndarray, bool]]) -> Row:
 
 def _stack(rows: list[Row]) -> Batch:
     names = ("input_ids", "position_ids", "labels")
-    return {
-        name: torch.from_numpy(np.stack(part))
-        for name, part in zip(names, zip(*rows, strict=True), strict=True)
-    }
+    return {name: torch.from_numpy(np.stack(part)) for name, part in zip(names, zip(*rows, strict=True), strict=True)}

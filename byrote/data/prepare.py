@@ -41,20 +41,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
-            raise ValueError(
-                f"validation is {self.validation}; it is a share of the documents: between 0 and 1"
-            )
+            raise ValueError(f"validation is {self.validation}; it is a share of the documents: between 0 and 1")
 
 
 def default_folder(name: str, root: Path = Path("data")) -> Path:
-    return root / "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip(
-        "-."
-    )
+    return root / "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name).strip("-.")
 
 
-def prepare(
-    options: Options, folder: Path, report: Report = lambda what, done, total: None
-) -> dict[str, Any]:
+def prepare(options: Options, folder: Path, report: Report = lambda what, done, total: None) -> dict[str, Any]:
     """Make `folder` hold the prepared corpus, and return its meta.json."""
     wanted = {"format_version": FORMAT_VERSION, **asdict(options), "files": _fingerprint(options)}
     if (folder / "meta.json").exists():
@@ -62,9 +56,7 @@ def prepare(
         if meta["options"] == wanted:
             return meta
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} is not empty and holds no prepared corpus; choose another --out or empty it"
-        )
+        raise ValueError(f"{folder} is not empty and holds no prepared corpus; choose another --out or empty it")
     # Made beside the folder and renamed: an interrupted preparation leaves no half corpus.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -104,9 +96,7 @@ def _build(options: Options, folder: Path, packages: Path, report: Report) -> di
 
     report("reading", 0, 1)
     source, origin, licence = _documents(options, packages)
-    parts = dict(
-        zip(("train", "validation"), split(list(deduplicate(source)), options.validation), strict=True)
-    )
+    parts = dict(zip(("train", "validation"), split(list(deduplicate(source)), options.validation), strict=True))
     report("tokenizer", 0, 1)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
@@ -120,9 +110,7 @@ def _build(options: Options, folder: Path, packages: Path, report: Report) -> di
     return meta
 
 
-def _tokenize(
-    part: str, documents: list[Document], tokenizer: Any, folder: Path, report: Report
-) -> dict[str, int]:
+def _tokenize(part: str, documents: list[Document], tokenizer: Any, folder: Path, report: Report) -> dict[str, int]:
     from byrote.data.tokenizer import encode_documents
 
     arrays: list[np.ndarray] = []

@@ -27,9 +27,7 @@ def find_files(patterns: list[str]) -> list[Path]:
         else:
             matches = [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
         if not matches:
-            raise ValueError(
-                f"no text file matches {pattern!r}; give a file, a folder or a glob of {TEXT + LINES}"
-            )
+            raise ValueError(f"no text file matches {pattern!r}; give a file, a folder or a glob of {TEXT + LINES}")
         found.update(matches)
     return sorted(found)
 
@@ -90,8 +88,6 @@ def huggingface_documents(name: str, text_field: str) -> Iterator[Document]:
     else:
         rows = datasets.load_dataset(path, config or None, split="train")
     if text_field not in rows.column_names:
-        raise ValueError(
-            f"{name} has no column {text_field!r}; it has {rows.column_names}: choose with --text-field"
-        )
+        raise ValueError(f"{name} has no column {text_field!r}; it has {rows.column_names}: choose with --text-field")
     for number, text in enumerate(rows[text_field]):
         yield Document(f"{number}", clean(text))

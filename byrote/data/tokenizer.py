@@ -47,9 +47,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer {path} is not a fast one; byrote needs a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {path} has no eos_token; documents cannot be ended: set one and save it"
-        )
+        raise ValueError(f"the tokenizer {path} has no eos_token; documents cannot be ended: set one and save it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -55,9 +55,7 @@ class Case:
 
     def line(self) -> str:
         verdict = "FAIL" if self.failed else "pass" if self.passed else "skip"
-        found = self.divergence or (
-            f"{self.compared} quantities agree" if self.compared else "nothing to check"
-        )
+        found = self.divergence or (f"{self.compared} quantities agree" if self.compared else "nothing to check")
         return f"{verdict}  {self.name}: " + "; not checked: ".join([found, *self.unchecked])
 
     def exact(self, what: str, expected: Any, got: Any, axes: Sequence[str] = ()) -> None:
@@ -103,9 +101,7 @@ def check_version(name: Any, expected: str, version: Any) -> None:
     versions = {str(found) for found in (suffix or None, version) if found is not None}
     wanted_family, _, wanted_version = expected.partition("/")
     if family != wanted_family or versions != {wanted_version}:
-        raise FormatError(
-            f"format is {name!r} with format_version {version!r}; this command reads {expected}"
-        )
+        raise FormatError(f"format is {name!r} with format_version {version!r}; this command reads {expected}")
 
 
 def _array(values: Any) -> np.ndarray:
@@ -120,9 +116,7 @@ def _same_shape(what: str, expected: np.ndarray, got: np.ndarray) -> None:
         raise Divergence(f"{what}: expected shape {list(expected.shape)}, got {list(got.shape)}")
 
 
-def _report(
-    what: str, differs: np.ndarray, expected: np.ndarray, got: np.ndarray, axes: Sequence[str]
-) -> None:
+def _report(what: str, differs: np.ndarray, expected: np.ndarray, got: np.ndarray, axes: Sequence[str]) -> None:
     if not differs.any():
         return
     index = tuple(int(i) for i in np.argwhere(differs)[0])

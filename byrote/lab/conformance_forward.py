@@ -64,11 +64,7 @@ def check_forward_file(path: Path) -> Iterator[Case]:
     if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
         raise FormatError(f"{path}: `cases` is no object of objects")
     for name, config in configs.items():
-        own = {
-            key.removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
-        }
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         yield run_case(name, partial(_check_gate if "input.k" in own else _check_layer, config, own))
 
 
@@ -185,18 +181,14 @@ def _by_our_names(tensors: Tensors, group: str, streams: int) -> dict[str, Tenso
         ours["value.bias"] = tensors[f"{group}.value_proj.bias"]
     if f"{group}.short_conv.conv.weight" in tensors:
         ours["conv_gain"] = per_stream("short_conv.norms.{}.weight")
-        ours["conv_weight"] = (
-            tensors[f"{group}.short_conv.conv.weight"].squeeze(1).unflatten(0, (streams, -1))
-        )
+        ours["conv_weight"] = tensors[f"{group}.short_conv.conv.weight"].squeeze(1).unflatten(0, (streams, -1))
     return ours
 
 
 def _by_their_names(ours: Tensors, streams: int) -> dict[str, Tensor]:
     """The gradients of `Engram`'s parameters, cut up again into the reference's."""
     theirs = {
-        f"grad.value_proj.{kind}": ours[f"value.{kind}"]
-        for kind in ("weight", "bias")
-        if f"value.{kind}" in ours
+        f"grad.value_proj.{kind}": ours[f"value.{kind}"] for kind in ("weight", "bias") if f"value.{kind}" in ours
     }
     pieces = {
         "key_gain": "norm1.{}.weight",

@@ -58,18 +58,14 @@ def _name(entry: Any) -> str:
 def _check_normalizer(pairs: list[dict[str, str]], case: Case) -> None:
     for number, pair in enumerate(pairs):
         if (got := normalize(pair["text"])) != pair["normalized"]:
-            raise Divergence(
-                f"pair {number}, text {pair['text']!r}: expected {pair['normalized']!r}, got {got!r}"
-            )
+            raise Divergence(f"pair {number}, text {pair['text']!r}: expected {pair['normalized']!r}, got {got!r}")
         case.compared += 1
 
 
 def _check_tokenizer(name: str, entry: dict[str, Any], maps: Maps, case: Case) -> None:
     vocabulary = maps[name] = _vocabulary(entry)
     if vocabulary is None:
-        case.unchecked.append(
-            f"{entry.get('package', 'its package')} is not installed, and no lookup is given"
-        )
+        case.unchecked.append(f"{entry.get('package', 'its package')} is not installed, and no lookup is given")
         return
     for field, expected in (
         ("lookup", entry.get("lookup")),
@@ -160,9 +156,7 @@ def _check_case(entry: dict[str, Any], maps: Maps, case: Case) -> None:
                 case.exact(f"{where} {field}", expected[field], got, axes)
         if "hashes" in expected:
             for twin, rows in _rows(ids, spec, layer.layer_id):
-                case.exact(
-                    f"{where} hashes ({twin})", expected["hashes"], rows - np.array(layer.offsets), PLACE
-                )
+                case.exact(f"{where} hashes ({twin})", expected["hashes"], rows - np.array(layer.offsets), PLACE)
 
 
 def _check_v41(entry: dict[str, Any], maps: Maps, case: Case) -> None:
@@ -171,9 +165,7 @@ def _check_v41(entry: dict[str, Any], maps: Maps, case: Case) -> None:
     if vocabulary is None:
         return
     if "engram_compressed_vocab_size" in config:
-        case.exact(
-            "engram_compressed_vocab_size", config["engram_compressed_vocab_size"], vocabulary.max() + 1
-        )
+        case.exact("engram_compressed_vocab_size", config["engram_compressed_vocab_size"], vocabulary.max() + 1)
     spec = deepseek_v41(
         vocabulary,
         table_size=config["engram_vocab_size"],

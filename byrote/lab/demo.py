@@ -1,8 +1,8 @@
 """The demo: a DeepSeek-style mixture of experts against the same model with a memory, on the same tokens.
 
 Both recipes name the same data and the same training; the sizes are equal (total parameters within 1 %,
-active ones and FLOPs within 2 %), and that is printed and asserted before anything is trained. OUT/ holds a run folder for each,
-and
+active ones and FLOPs within 2 %), and that is printed and asserted before anything is trained. OUT/ holds
+a run folder for each, and
 
     report.json  loss.png  sample.txt  gates.html  gates.json
 """
@@ -52,9 +52,7 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
         }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     curves = {name: read_metrics(out / name / "metrics.jsonl") for name in recipes}
-    plot_losses(
-        curves, out / "loss.png", f"The same {report['moe']['tokens']:,} tokens of {recipe.data.corpus}"
-    )
+    plot_losses(curves, out / "loss.png", f"The same {report['moe']['tokens']:,} tokens of {recipe.data.corpus}")
     shutil.copy(out / "engram/sample.txt", out / "sample.txt")
     text = (out / "sample.txt").read_text().strip()
     trace = record(trainer.model, trainer.tokenizer, text)
@@ -77,13 +75,11 @@ def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Co
     with DataLive(console, first.data.corpus) as live:
         data, _ = prepare_data(first, live.report)
     tokenizer = load_tokenizer(data / "tokenizer")
-    counts = {
-        name: count(config_of(recipe, tokenizer), recipe.data.length) for name, recipe in recipes.items()
-    }
+    counts = {name: count(config_of(recipe, tokenizer), recipe.data.length) for name, recipe in recipes.items()}
     check_sizes(counts)
     for name, c in counts.items():
-        sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active, {c.flops_per_token:,} FLOPs a token"
-        console.print(f"{name}: {sizes}", highlight=False)
+        sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active"
+        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token", highlight=False)
     return counts
 
 

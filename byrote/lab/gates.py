@@ -83,9 +83,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
     ids = tokenizer(text)["input_ids"]
     seen: dict[str, torch.Tensor] = {}
     hooks = [
-        memory.gate.register_forward_hook(
-            lambda _module, _inputs, gates, name=name: seen.update({name: gates})
-        )
+        memory.gate.register_forward_hook(lambda _module, _inputs, gates, name=name: seen.update({name: gates}))
         for name, memory in memories.items()
     ]
     training, device = model.training, next(model.parameters()).device
@@ -120,9 +118,7 @@ def to_terminal(trace: GateTrace) -> RenderableType:
     parts: list[RenderableType] = [_legend(low, high)]
     for layer_id, gates in zip(trace.layer_ids, trace.gates.mean(axis=-1), strict=True):
         heading = Text(f"\nlayer {layer_id}", style="bold")
-        heading.append(
-            f"  mean {gates.mean():.3f}, from {gates.min():.3f} to {gates.max():.3f}", style="not bold dim"
-        )
+        heading.append(f"  mean {gates.mean():.3f}, from {gates.min():.3f} to {gates.max():.3f}", style="not bold dim")
         body = Text(overflow="fold")
         for token, gate in zip(trace.tokens, gates, strict=True):
             body.append(visible(token), style=_style((gate - low) / (high - low)))
@@ -146,9 +142,7 @@ def _legend(low: float, high: float) -> Text:
 def _extremes(label: str, tokens: list[str], gates: np.ndarray, places: np.ndarray) -> Text:
     line = Text(f"{label + ':':<12}", style="dim")
     for place in places:
-        line.append(f"{visible(tokens[place]).strip()} ", style="not dim").append(
-            f"{gates[place]:.3f} @{place}   "
-        )
+        line.append(f"{visible(tokens[place]).strip()} ", style="not dim").append(f"{gates[place]:.3f} @{place}   ")
     line.rstrip()
     return line
 

@@ -43,7 +43,9 @@ class Pending:
         parts, self.parts = self.parts, []
         if not parts:
             return None
-        rows, gradient = parts[0] if len(parts) == 1 else sum_rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        rows, gradient = (
+            parts[0] if len(parts) == 1 else sum_rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        )
         touched = gradient.any(dim=1)
         return (rows[touched], gradient[touched]) if touched.any() else None
 

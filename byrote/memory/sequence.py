@@ -30,7 +30,7 @@ class Sequence:
     def place(
         cls, position_ids: Tensor, alive: Tensor, past: int | Tensor, last_position: Tensor, last_document: Tensor
     ) -> Sequence:
-        """Find the starts. `past` slots are taken; last_position and last_document [B, 1] come from the decode state."""
+        """Find the starts. `past` slots are taken; last_position, last_document [B, 1] come from the decode state."""
         steps = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
         seen = torch.where(alive, steps, -1).cummax(dim=1).values
         before = torch.cat([seen.new_full((seen.shape[0], 1), -1), seen[:, :-1]], dim=1)

@@ -70,7 +70,7 @@ class Memory(nn.Module):
             raise RuntimeError(
                 f"the backbone was saved at generation {int(self.generation)} of its table, the table is at "
                 f"{self.table.generation}: a plain load_state_dict does not bring tables back. Load both with "
-                "from_pretrained or model.load_tables(folder); with the transformers Trainer add byrote.train.TableCallback()"
+                "from_pretrained or model.load_tables(folder); the stock Trainer needs byrote.train.TableCallback()"
             )
         self._checked = stamp
 
@@ -84,7 +84,9 @@ class MemoryStack(nn.Module):
 
     vocabulary: Tensor
 
-    def __init__(self, spec: AddressSpec, vocabulary: np.ndarray | None, make_table: Callable[[int, int], Table]) -> None:
+    def __init__(
+        self, spec: AddressSpec, vocabulary: np.ndarray | None, make_table: Callable[[int, int], Table]
+    ) -> None:
         super().__init__()
         self.spec = spec
         if vocabulary is not None and vocabulary_digest(vocabulary) != spec.vocabulary_digest:

@@ -99,7 +99,9 @@ class MemoryState(CacheLayerMixin):
                 self.tails[name] = torch.full(shape, value, dtype=spec.dtype or dtype, device=device)
         rows = self.tails["position"].shape[0]
         if rows != batch_size:
-            raise ValueError(f"past_key_values holds {rows} rows, input_ids {batch_size}: select or repeat the cache first")
+            raise ValueError(
+                f"past_key_values holds {rows} rows, input_ids {batch_size}: select or repeat the cache first"
+            )
 
     def advance(self, name: str, columns: Tensor, sequence: Sequence) -> None:
         """Let the tail `name` move over the columns [B, T, ...] of the new tokens."""
@@ -171,7 +173,9 @@ class MemoryState(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("the memory layer of a cache holds no keys: see MemoryState.begin")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the memory layer of a cache holds no keys: see MemoryState.advance")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -66,13 +66,9 @@ class MLA(nn.Module):
             if size < 1:
                 raise ValueError(f"{field}={size}: give a positive number")
         if qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim={qk_rope_head_dim}: give an even number, rotary dimensions go in pairs"
-            )
+            raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim}: give an even number, rotary dimensions go in pairs")
         if q_lora_rank is not None and q_lora_rank < 1:
-            raise ValueError(
-                f"q_lora_rank={q_lora_rank}: give a positive number, or None for no query latent"
-            )
+            raise ValueError(f"q_lora_rank={q_lora_rank}: give a positive number, or None for no query latent")
         self.num_heads = num_heads
         self.latent_dim, self.nope_dim = kv_lora_rank, qk_nope_head_dim
         self.rope_dim, self.value_dim = qk_rope_head_dim, v_head_dim
@@ -144,9 +140,7 @@ class MLA(nn.Module):
     def _expanded(
         self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
     ) -> Tensor:
-        key_nope, value = self._heads(self.kv_b_proj(latent.squeeze(1))).split(
-            [self.nope_dim, self.value_dim], dim=-1
-        )
+        key_nope, value = self._heads(self.kv_b_proj(latent.squeeze(1))).split([self.nope_dim, self.value_dim], dim=-1)
         rope_key = rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)
         return F.scaled_dot_product_attention(
             torch.cat((query_nope, query_rope), dim=-1),

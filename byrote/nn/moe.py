@@ -60,9 +60,7 @@ class Experts(nn.Module):
         super().__init__()
         for field, size in (("hidden_size", hidden_size), ("expert_width", width)):
             if size < 8 or size % 8:
-                raise ValueError(
-                    f"{field}={size}: give a multiple of 8, grouped_mm wants rows of 16 bytes in bfloat16"
-                )
+                raise ValueError(f"{field}={size}: give a multiple of 8, grouped_mm wants rows of 16 bytes in bfloat16")
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         for weight in (self.gate_up, self.down):
@@ -130,9 +128,7 @@ class DeepSeekMoE(nn.Module):
     ) -> None:
         super().__init__()
         if shared_width < 0:
-            raise ValueError(
-                f"shared_width={shared_width}: give 0 for no shared experts, or a positive number"
-            )
+            raise ValueError(f"shared_width={shared_width}: give 0 for no shared experts, or a positive number")
         self.router = Router(
             hidden_size,
             num_experts,

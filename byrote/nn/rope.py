@@ -42,9 +42,7 @@ class Yarn:
         if self.original_length < 1:
             raise ValueError(f"original_length={self.original_length}: give the training length in tokens")
         if not self.beta_fast > self.beta_slow > 0:
-            raise ValueError(
-                f"beta_fast={self.beta_fast}, beta_slow={self.beta_slow}: give beta_fast > beta_slow > 0"
-            )
+            raise ValueError(f"beta_fast={self.beta_fast}, beta_slow={self.beta_slow}: give beta_fast > beta_slow > 0")
 
 
 @lru_cache

@@ -56,9 +56,7 @@ class Router(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} of num_experts={num_experts}: give 1 <= top_k <= num_experts")
         if n_group < 1 or num_experts % n_group:
-            raise ValueError(
-                f"n_group={n_group} does not divide num_experts={num_experts}: give a divisor of it"
-            )
+            raise ValueError(f"n_group={n_group} does not divide num_experts={num_experts}: give a divisor of it")
         if not 1 <= topk_group <= n_group:
             raise ValueError(f"topk_group={topk_group} of n_group={n_group}: give 1 <= topk_group <= n_group")
         if top_k > topk_group * (num_experts // n_group):

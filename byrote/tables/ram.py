@@ -52,7 +52,9 @@ class RamTable:
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables beside it")
+        raise TypeError(
+            "a table is not pickled: save the model with save_pretrained, which writes its tables beside it"
+        )
 
     @property
     def rows(self) -> Tensor:
@@ -168,7 +170,7 @@ class RamTable:
         if rows is None or rows.dtype != CODECS[table.codec] or list(rows.shape) != [num_rows, width]:
             found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
             raise ValueError(
-                f"{path}: tensor 'rows' must be {CODECS[table.codec]} {[num_rows, width]} as its header says, got {found}"
+                f"{path}: tensor 'rows' must be {CODECS[table.codec]} {[num_rows, width]} by its header, got {found}"
             )
         table._rows, table.generation = rows, int(header["generation"])
         return table

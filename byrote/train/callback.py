@@ -19,12 +19,12 @@ from byrote.models.engram import EngramForCausalLM
 
 
 class TableCallback(TrainerCallback):
-    """`resume_from_checkpoint`: the folder given to `trainer.train`, needed only if it lies outside of the output folder."""
+    """`resume_from_checkpoint`: the folder given to `trainer.train`; needed only if it is not in the output folder."""
 
     def __init__(self, resume_from_checkpoint: str | os.PathLike[str] | None = None) -> None:
         self.resume_from_checkpoint = resume_from_checkpoint
 
-    def on_save(
+    def on_save(  # type: ignore[override]
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -33,9 +33,9 @@ class TableCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            _engram(model).save_row_state(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            _engram(model).save_row_state(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -48,9 +48,9 @@ class TableCallback(TrainerCallback):
             return  # nothing is resumed, or the tables do not move
         given = self.resume_from_checkpoint or args.resume_from_checkpoint
         folders = [Path(given)] if isinstance(given, str | os.PathLike) else []
-        _bring_back(engram, [*folders, *Path(args.output_dir).glob("checkpoint-*")])
+        _bring_back(engram, [*folders, *Path(str(args.output_dir)).glob("checkpoint-*")])
 
-    def on_train_end(
+    def on_train_end(  # type: ignore[override]
         self,
         args: TrainingArguments,
         state: TrainerState,

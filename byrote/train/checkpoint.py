@@ -32,9 +32,7 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
-def save_checkpoint(
-    run: Path, step: int, model: Any, tokenizer: Any, training: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: dict[str, Any], keep: int) -> Path:
     target = run / "checkpoints" / f"{PREFIX}{step:06d}"
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,9 +54,7 @@ def save_checkpoint(
 def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     """Give the model, which was loaded from this checkpoint, its row state; return the rest."""
     if not (checkpoint / "training.pt").exists():
-        raise ValueError(
-            f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded"
-        )
+        raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
     if hasattr(model, "load_row_state"):
         model.load_row_state(checkpoint / "row_state")
     return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)

@@ -105,9 +105,7 @@ class Recipe:
         if not path.exists():
             raise ValueError(f"no recipe {path}; the ones that come with byrote are in recipes/")
         try:
-            content = (
-                json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
-            )
+            content = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from error
         for override in overrides:
@@ -119,9 +117,7 @@ class Recipe:
         _check(content, ("model", "data", "train"), "")
         for name, section in content.items():
             if not isinstance(section, dict):
-                raise ValueError(
-                    f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE"
-                )
+                raise ValueError(f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE")
         model = dict(content.get("model", {}))
         _check(model, ("preset", *model_fields()), "model.")
         parts = {name: _section(kind, content.get(name, {}), name) for name, kind in _SECTIONS.items()}
@@ -157,9 +153,7 @@ def _section(kind: Any, content: dict[str, Any], name: str) -> Any:
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
-            raise ValueError(
-                f"{name}.{key} is {value!r}; it must be a {type(default).__name__}, like {default!r}"
-            )
+            raise ValueError(f"{name}.{key} is {value!r}; it must be a {type(default).__name__}, like {default!r}")
         values[key] = value
     return kind(**values)
 

@@ -78,9 +78,7 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "row gradients leave the graph unscaled by a GradScaler: train in float32 or bfloat16"
-            )
+            raise RuntimeError("row gradients leave the graph unscaled by a GradScaler: train in float32 or bfloat16")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -99,9 +99,7 @@ def make_trainer(
         _wait()
     model.to(_device(settings.device))
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packer = Packer(
-        Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world
-    )
+    packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
     validation = Validation(
         Tokens.open(data, "validation"),
         meta["validation"]["bytes"],
@@ -185,7 +183,5 @@ def _resumed(recipe: Recipe, run: Path) -> Path:
         for key in before[section].keys() | after[section].keys():
             old, new = before[section].get(key), after[section].get(key)
             if old != new and not (section == "train" and key in FREE):
-                raise ValueError(
-                    f"{section}.{key} was {old!r} when the run began and is {new!r}; resume with the same"
-                )
+                raise ValueError(f"{section}.{key} was {old!r} when the run began and is {new!r}; resume with the same")
     return latest(run)

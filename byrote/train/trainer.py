@@ -122,9 +122,7 @@ class Trainer:
         }
         saved = [""]
         if self.rank == 0:
-            path = save_checkpoint(
-                self.run, self.step, self.model, self.tokenizer, training, self.recipe.keep
-            )
+            path = save_checkpoint(self.run, self.step, self.model, self.tokenizer, training, self.recipe.keep)
             saved = [str(path)]
         if self.world > 1:
             dist.broadcast_object_list(saved)
@@ -134,14 +132,10 @@ class Trainer:
         training = load_training(checkpoint, self.model)
         if len(training["random"]) != self.world:
             before = len(training["random"])
-            raise ValueError(
-                f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many"
-            )
+            raise ValueError(f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many")
         self.step, self.seconds = training["step"], training["seconds"]
         if self.step >= self.recipe.steps:
-            raise ValueError(
-                f"the run is done: {checkpoint} is its last step, {self.step}; there is nothing to resume"
-            )
+            raise ValueError(f"the run is done: {checkpoint} is its last step, {self.step}; there is nothing to resume")
         self.loader.load_state_dict(training["loader"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
@@ -151,9 +145,7 @@ class Trainer:
         """One optimizer step; returns why to stop, or nothing."""
         began = time.perf_counter()
         batch = next(self.loader)
-        facts = torch.tensor(
-            [predicted(batch), bool(self.signals.noted), self._overdue()], dtype=torch.float64
-        )
+        facts = torch.tensor([predicted(batch), bool(self.signals.noted), self._overdue()], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(facts)
         items, stopped, overdue = facts.tolist()
@@ -161,9 +153,7 @@ class Trainer:
         parts = self._micro_batches(batch)
         for i, part in enumerate(parts):
             with self._no_exchange() if i < len(parts) - 1 else contextlib.nullcontext():
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
-                ):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                     # Without a cache: given one, Hugging Face models do not keep packed documents apart.
                     outputs = self.parallel(**part, num_items_in_batch=items / self.world, use_cache=False)
                 outputs.loss.backward()
@@ -191,9 +181,7 @@ class Trainer:
         rows = len(batch["input_ids"])
         size = self.recipe.micro_batch_size or rows
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return [
-            {name: tensor[at : at + size] for name, tensor in moved.items()} for at in range(0, rows, size)
-        ]
+        return [{name: tensor[at : at + size] for name, tensor in moved.items()} for at in range(0, rows, size)]
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.parallel, DistributedDataParallel):

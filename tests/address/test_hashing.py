@@ -204,9 +204,7 @@ def test_wrong_types_and_shapes_are_refused():
     for wrong in (np.float64, np.uint8):  # torch would take uint8 for a mask
         with pytest.raises(ValueError, match=f"dtype {np.dtype(wrong)}"):
             canonical_ids(VOCABULARY, ids.astype(wrong))
-    assert (
-        canonical_ids(torch.from_numpy(VOCABULARY), torch.ones(1, 2, dtype=torch.int32)).dtype == torch.int64
-    )
+    assert canonical_ids(torch.from_numpy(VOCABULARY), torch.ones(1, 2, dtype=torch.int32)).dtype == torch.int64
     with pytest.raises(ValueError, match="alive is int64"):
         canonical_ids(VOCABULARY, ids, ids)
     with pytest.raises(ValueError, match=r"starts is bool \[2, 2\]"):

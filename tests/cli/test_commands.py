@@ -50,9 +50,7 @@ def settings(folder: Path, **train: object) -> list[str]:
         "vocab_size": 280,
         "length": 24,
     }
-    return [f"train.{key}={value}" for key, value in values.items()] + [
-        f"data.{k}={v}" for k, v in data.items()
-    ]
+    return [f"train.{key}={value}" for key, value in values.items()] + [f"data.{k}={v}" for k, v in data.items()]
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -102,9 +100,7 @@ def test_gates_and_info(place, tmp_path):
 
 def test_errors_are_one_line_and_status_2(place, tmp_path):
     recipe = ROOT / "recipes/nano.toml"
-    assert run("train", recipe, "model.hiden_size=3", code=2).startswith(
-        "error: unknown key model.hiden_size: did you"
-    )
+    assert run("train", recipe, "model.hiden_size=3", code=2).startswith("error: unknown key model.hiden_size: did you")
     assert "holds a run already" in run("train", recipe, *settings(place), "--out", place / "run", code=2)
     assert "neither a run folder nor" in run("info", tmp_path, code=2)
     assert "neither a run folder nor" in run("generate", tmp_path / "none", "x", code=2)

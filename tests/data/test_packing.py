@@ -37,9 +37,7 @@ def test_an_epoch_holds_every_token_once_and_positions_restart(lengths, batch_si
         assert sorted(stream[epoch * len(data) : (epoch + 1) * len(data)].tolist()) == list(range(len(data)))
     begins = set(data.offsets[:-1].tolist())
     for batch in batches:
-        rows = zip(
-            batch["input_ids"].tolist(), batch["position_ids"].tolist(), batch["labels"].tolist(), strict=True
-        )
+        rows = zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), batch["labels"].tolist(), strict=True)
         for ids, positions, labels in rows:
             for t, (token, position, label) in enumerate(zip(ids, positions, labels, strict=True)):
                 fresh = t == 0 or token in begins
@@ -83,8 +81,7 @@ def test_validation_predicts_every_token_once(lengths, batch_size, length):
 def test_epochs_are_shuffled_by_seed():
     data = corpus([5] * 20)
     orders = [
-        Packer(data, 20, 5, seed).batch(step)["input_ids"][:, 0].tolist()
-        for seed, step in [(0, 0), (0, 1), (1, 0)]
+        Packer(data, 20, 5, seed).batch(step)["input_ids"][:, 0].tolist() for seed, step in [(0, 0), (0, 1), (1, 0)]
     ]
     assert orders[0] != orders[1] and orders[0] != orders[2]
     assert Packer(data, 20, 5, 0).epoch(3) == 3

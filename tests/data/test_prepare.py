@@ -62,9 +62,7 @@ def test_prepare_writes_the_folder_and_is_idempotent(tmp_path, lines):
         )
         assert len(tokens) == meta[part]["tokens"] and len(tokens.offsets) == len(documents) + 1
         assert sum(len(d.text.encode()) for d in documents) == meta[part]["bytes"]
-        assert (tokens.tokens[tokens.offsets[:-1]] == 0).all() and (
-            tokens.tokens[tokens.offsets[1:] - 1] == 1
-        ).all()
+        assert (tokens.tokens[tokens.offsets[:-1]] == 0).all() and (tokens.tokens[tokens.offsets[1:] - 1] == 1).all()
         assert tokens.predicted == len(tokens) - len(documents)
     said.clear()
     assert prepare(options, tmp_path / "out", lambda *what: said.append(what)) == meta and not said
@@ -113,9 +111,7 @@ def test_files_folders_and_globs(tmp_path):
         list(file_documents([tmp_path / "bad.txt"], "text"))
     long = "\n\n".join(["x" * 3000] * 20)
     pieces = list(cut(long))
-    assert (
-        "\n\n".join(pieces) == long and all(len(piece) >= PIECE for piece in pieces[:-1]) and len(pieces) == 3
-    )
+    assert "\n\n".join(pieces) == long and all(len(piece) >= PIECE for piece in pieces[:-1]) and len(pieces) == 3
     assert default_folder("files:../a b/*.txt").as_posix() == "data/files-..-a-b--.txt"
 
 

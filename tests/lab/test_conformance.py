@@ -153,9 +153,8 @@ def test_changed_row_of_a_dead_token_fails(vectors, changed_hash):
         data["tokenizers"] = {"mine": {"lookup": list(range(1000))}}
 
     result = run("--hash", changed_hash(change, (), v41=[case]))
-    assert (
-        "FAIL  v41_dead_tokens: layer 1 rows_masked (NumPy) at row 0, position 0, column 0: expected 0, got"
-        in (result.output)
+    assert "FAIL  v41_dead_tokens: layer 1 rows_masked (NumPy) at row 0, position 0, column 0: expected 0, got" in (
+        result.output
     )
 
 
@@ -281,9 +280,7 @@ def test_a_forward_case_without_gradients_convolution_or_biases(changed_forward)
 
     def change(tensors, header):
         for name in list(tensors):
-            if any(
-                part in name for part in ("short_conv", "bias", "grad.", "cotangent", "mid.keys", "conv_out")
-            ):
+            if any(part in name for part in ("short_conv", "bias", "grad.", "cotangent", "mid.keys", "conv_out")):
                 del tensors[name]
         config = json.loads(header["cases"])["zero_conv"] | {
             "tokenizer": "some",

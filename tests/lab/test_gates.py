@@ -69,9 +69,7 @@ def test_terminal_shows_every_layer_within_the_width():
 
 def test_terminal_colors_follow_the_gate():
     gates = np.array([[[0.0], [1.0]]])
-    text = rendered(
-        to_terminal(GateTrace(["low", "high"], gates, [0])), force_terminal=True, color_system="truecolor"
-    )
+    text = rendered(to_terminal(GateTrace(["low", "high"], gates, [0])), force_terminal=True, color_system="truecolor")
     body = next(line for line in text.splitlines() if line.count("48;2;") == 2 and "low" in line)
     assert re.findall(r"48;2;(\d+;\d+;\d+)m(\w+)", body) == [("38;43;49", "low"), ("244;185;66", "high")]
 

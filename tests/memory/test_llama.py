@@ -105,9 +105,7 @@ def trained():
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert (
-        model.memories.memories[str(MEMORY_LAYER)].table.generation == 7
-    )  # at step 0 no gradient reaches a row
+    assert model.memories.memories[str(MEMORY_LAYER)].table.generation == 7  # at step 0 no gradient reaches a row
     return model.eval()
 
 
@@ -169,9 +167,7 @@ def test_left_padding(trained, ids, cached):
     if cached:
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         with torch.no_grad():
-            more = trained(
-                input_ids=ids[2:, :1].expand(2, -1), attention_mask=mask, past_key_values=cache
-            ).logits
+            more = trained(input_ids=ids[2:, :1].expand(2, -1), attention_mask=mask, past_key_values=cache).logits
         alone = full(trained, torch.cat([ids[1:2, :length], ids[2:, :1]], dim=1))
         assert_close(more[1], alone[0, -1:])
 

@@ -53,9 +53,7 @@ def test_backwards_add_up():
     lookup, anchor = make()
     dense = lookup.table.rows.clone().requires_grad_()
     tickets = [Ticket(random_rows(2, 5, 3, seed=seed), anchor, lookup) for seed in range(3)]
-    losses = [
-        loss_of(ticket.wait()) for ticket in tickets
-    ]  # all forwards, then all backwards, in another order
+    losses = [loss_of(ticket.wait()) for ticket in tickets]  # all forwards, then all backwards, in another order
     for loss in reversed(losses):
         loss.backward()
     for ticket in tickets:
@@ -184,9 +182,7 @@ def train_beside_a_large_table() -> None:
     from byrote.train.optimizer import Optimizer
 
     torch.set_num_threads(1)
-    config = EngramConfig.from_preset(
-        "nano", memory_table_sizes=[2**18, 2**18], memory_heads=2, memory_row_width=64
-    )
+    config = EngramConfig.from_preset("nano", memory_table_sizes=[2**18, 2**18], memory_heads=2, memory_row_width=64)
     model = EngramForCausalLM(config).train()
     assert peak_bytes() < TABLE_BYTES * 2, "building the model must not draw the table twice"
     optimizer = Optimizer(model)

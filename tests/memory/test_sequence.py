@@ -152,9 +152,7 @@ def test_carry_forgets_how_it_was_cut(batch, length):
 
 def test_a_tail_takes_the_dtype_that_it_has():
     tail = torch.zeros(1, 2, dtype=torch.bfloat16)
-    out = carry(
-        tail, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool), 0.0
-    )
+    out = carry(tail, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool), 0.0)
     assert out.dtype == torch.bfloat16 and out.tolist() == [[0.0, 1.0]]
 
 
@@ -162,6 +160,4 @@ def test_a_hole_in_a_document_is_refused():
     alive = torch.tensor([[True, True, True, True], [False, True, False, True]])
     nothing = torch.full((2, 1), NO_POSITION)
     with pytest.raises(ValueError, match="row 1 goes on at token 3 behind padding"):
-        Sequence.place(
-            torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]), alive, 0, nothing, torch.zeros_like(nothing)
-        )
+        Sequence.place(torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]), alive, 0, nothing, torch.zeros_like(nothing))

@@ -48,9 +48,7 @@ def test_the_address_is_the_one_of_the_vocabulary(folded):
     again = EngramConfig(**config.to_dict())
     assert again.address == config.address
     anew = EngramConfig(**{**config.to_dict(), "address": None})
-    assert (
-        anew.spec.vocabulary_digest != config.spec.vocabulary_digest
-    )  # without a map, ids stand for themselves
+    assert anew.spec.vocabulary_digest != config.spec.vocabulary_digest  # without a map, ids stand for themselves
 
 
 def test_a_model_without_memories():

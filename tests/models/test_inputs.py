@@ -80,9 +80,7 @@ def test_what_is_under_padding_does_not_matter(model, ids, garbage):
 
 def test_embeddings_without_ids(model, ids):
     embeddings = model.get_input_embeddings()(ids)
-    assert_refused(
-        model, "input_ids is missing: a memory is addressed by token ids", inputs_embeds=embeddings
-    )
+    assert_refused(model, "input_ids is missing: a memory is addressed by token ids", inputs_embeds=embeddings)
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids).logits
@@ -161,9 +159,7 @@ def test_a_cache_that_another_model_filled(model, ids):
 def test_a_cache_of_another_shape(model, ids):
     for overrides in ({"num_hidden_layers": 3}, {"memory_layers": [0, 3]}, {"memory_table_sizes": [99] * 3}):
         cache = prefill(make(**overrides), ids)
-        assert_refused(
-            model, "past_key_values holds the memory state of another model", input_ids=ids, cache=cache
-        )
+        assert_refused(model, "past_key_values holds the memory state of another model", input_ids=ids, cache=cache)
 
 
 def test_a_refused_call_does_not_bind_the_cache(model, ids):

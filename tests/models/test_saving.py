@@ -261,7 +261,5 @@ def test_another_config_than_the_folder_has(model, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"memory_row_width": 16}))
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"width is 8, the model needs 16|size mismatch|ismatched"
-    ):
+    with pytest.raises((ValueError, RuntimeError), match=r"width is 8, the model needs 16|size mismatch|ismatched"):
         EngramForCausalLM.from_pretrained(tmp_path)

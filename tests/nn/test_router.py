@@ -13,9 +13,7 @@ D, E, K = 16, 8, 2
 def slow_route(router, x):
     """One token at a time, in plain Python: (ids best first, their gates)."""
     logits = (x.double() @ router.weight.double().T).tolist()
-    scores = (
-        torch.tensor(logits).sigmoid() if router.scores == "sigmoid" else torch.tensor(logits).softmax(-1)
-    )
+    scores = torch.tensor(logits).sigmoid() if router.scores == "sigmoid" else torch.tensor(logits).softmax(-1)
     scores = scores.tolist()
     biased = [s + b for s, b in zip(scores, router.selection_bias.tolist(), strict=True)]
     size = len(scores) // router.n_group
@@ -47,9 +45,7 @@ def test_slow_twin(scores, renormalize, n_group, topk_group):
     x = torch.randn(2, 20, D)
     ids, gates, all_scores = router(x)
     assert ids.shape == gates.shape == (2, 20, K) and all_scores.shape == (2, 20, E)
-    for token, its_ids, its_gates in zip(
-        x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1), strict=True
-    ):
+    for token, its_ids, its_gates in zip(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1), strict=True):
         expected_ids, expected_gates = slow_route(router, token)
         assert its_ids.tolist() == expected_ids
         torch.testing.assert_close(its_gates, torch.tensor(expected_gates))
@@ -150,9 +146,7 @@ def test_bias_balances_a_skewed_router():
 
 
 def update_on_a_rank(rank, weight, batches, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(batches)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(batches))
     router = Router(D, E, K)
     router.load_state_dict({"weight": weight, "selection_bias": torch.zeros(E)})
     ids, _, _ = router(batches[rank])

@@ -69,6 +69,4 @@ def test_rotation(yarn, assert_near):
 
 def test_softmax_scale_formula():
     assert yarn_softmax_scale(64) == 0.125
-    assert yarn_softmax_scale(192, Yarn(40.0, 4096)) == pytest.approx(
-        (0.1 * math.log(40) + 1) ** 2 / 192**0.5
-    )
+    assert yarn_softmax_scale(192, Yarn(40.0, 4096)) == pytest.approx((0.1 * math.log(40) + 1) ** 2 / 192**0.5)

@@ -15,9 +15,7 @@ STEPS, WORLD, MEMORY_LAYERS = 3, 2, [1, 2]
 
 def make() -> EngramForCausalLM:
     torch.manual_seed(0)
-    config = EngramConfig.from_preset(
-        "nano", vocab_size=64, memory_layers=MEMORY_LAYERS, router_bias_update_rate=0.01
-    )
+    config = EngramConfig.from_preset("nano", vocab_size=64, memory_layers=MEMORY_LAYERS, router_bias_update_rate=0.01)
     return EngramForCausalLM(config).train()
 
 
@@ -114,9 +112,7 @@ def test_two_ranks_follow_one(ranks):
     alone = train(model, model, slice(None), 1)
     assert alone["touched"] == together["touched"] and alone["max_violation"] == together["max_violation"]
     for name, value in alone["state"].items():
-        torch.testing.assert_close(
-            together["state"][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(together["state"][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     biases = [value for name, value in together["state"].items() if "selection_bias" in name]
     assert biases and all(bias.any() for bias in biases)
     assert int(together["state"][f"model.memories.memories.{MEMORY_LAYERS[0]}.generation"]) == STEPS

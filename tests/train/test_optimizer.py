@@ -53,9 +53,7 @@ def test_padding_leaves_no_trace_in_training(side):
         results.append(everything(model))
     assert touched[0] == touched[1]
     for name, value in results[0].items():
-        torch.testing.assert_close(
-            results[1][name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(results[1][name], value, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_row_gradients_that_are_not_finite_change_nothing():

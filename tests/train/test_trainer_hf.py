@@ -32,9 +32,7 @@ class Tokens(Dataset):
 
 def make(seed=0, **overrides) -> EngramForCausalLM:
     torch.manual_seed(seed)
-    return EngramForCausalLM(
-        EngramConfig.from_preset("nano", vocab_size=32, memory_layers=[1, 2], **overrides)
-    )
+    return EngramForCausalLM(EngramConfig.from_preset("nano", vocab_size=32, memory_layers=[1, 2], **overrides))
 
 
 def trainer(model, folder, *, callback=True, lr=3e-3, **options) -> Trainer:
@@ -72,9 +70,7 @@ def snapshot(model):
 def assert_same(ours, theirs, tolerance=0.0):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(
-            value, theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def losses(trained):
@@ -164,9 +160,7 @@ def test_the_best_tables_come_back(tmp_path):
         metric_for_best_model="eval_loss",
         max_steps=4,
     )
-    run.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        run.optimizer, lambda step: [1, 1, 300, 300, 300][step]
-    )
+    run.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: [1, 1, 300, 300, 300][step])
     run.train()
     best = run.state.best_model_checkpoint
     assert best is not None and not best.endswith("checkpoint-4")
@@ -176,9 +170,7 @@ def test_the_best_tables_come_back(tmp_path):
 
 
 def snapshot_weights(model):
-    return {
-        name: value for name, value in snapshot(model).items() if not name.startswith(("exp_", "touches"))
-    }
+    return {name: value for name, value in snapshot(model).items() if not name.startswith(("exp_", "touches"))}
 
 
 def test_gradient_accumulation(tmp_path):

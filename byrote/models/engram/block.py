@@ -47,7 +47,7 @@ class EngramBlock(GradientCheckpointingLayer):
                 kernel_size=config.memory_kernel_size,
                 dilation=len(config.memory_table_sizes) + 1,
                 bias=config.memory_bias,
-                zero_gate_rule=config.memory_zero_gate_rule,
+                zero_gate_rule=config.memory_zero_gate_rule,  # type: ignore[arg-type]
             )
         elif layer_id in config.memory_layers:
             self.memory = UngatedMemory(d, config.memory_size)
@@ -62,9 +62,7 @@ class EngramBlock(GradientCheckpointingLayer):
             config.qk_rope_head_dim,
             config.v_head_dim,
             eps=config.rms_norm_eps,
-            softmax_scale=yarn_softmax_scale(
-                config.qk_nope_head_dim + config.qk_rope_head_dim, config.yarn_parameters
-            ),
+            softmax_scale=yarn_softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.yarn_parameters),
         )
         self.experts_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.experts: MLP | DeepSeekMoE
@@ -94,7 +92,7 @@ class EngramBlock(GradientCheckpointingLayer):
         tail: Tensor | None = None,
         cache: Cache | None = None,
     ) -> BlockOutput:
-        """streams [B, T, n, d]; `ticket` of this block's memory; `tail` of its convolution; `cache` of the attention."""
+        """streams [B, T, n, d]; `ticket` of its memory, `tail` of its convolution, `cache` of its attention."""
         columns = None
         if self.memory is not None:
             assert ticket is not None

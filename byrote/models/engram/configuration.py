@@ -4,14 +4,15 @@ Names are those of transformers' DeepseekV3Config where the thing is the same. F
 
     memory_layers        zero-based blocks with a memory; [] is the backbone alone
     memory_contract      "engram" (paper and demo) or "deepseek_v41"
-    memory_table_sizes   rows wanted in each head's table, one number per order 2, 3, ...: the smallest primes from there on
+    memory_table_sizes   rows wanted in each head's table, one number per order 2, 3, ...: primes from there on
     memory_heads         hash heads per order;  memory_row_width: values in one row
     memory_pad_token_id  raw id that stands before a document;  memory_seed: of the multipliers
     memory_kernel_size   taps of the short convolution (0: none); its dilation is the highest order
     memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent
 
-Row width times heads times orders is the paper's d_mem (table 5: 1280); the demo's `n_embed_per_ngram` is row width times heads.
+Row width times heads times orders is the paper's d_mem (table 5: 1280); the demo's `n_embed_per_ngram` is row width
+times heads.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class EngramConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.num_key_value_heads = num_attention_heads
         self.head_dim = qk_rope_head_dim
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
@@ -137,9 +138,7 @@ class EngramConfig(PreTrainedConfig):
             self._settle_address(vocabulary)
 
     @classmethod
-    def from_preset(
-        cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any
-    ) -> EngramConfig:
+    def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> EngramConfig:
         """A named shape with some fields changed.
 
         `vocabulary`: the map of `byrote.address.compress(tokenizer)`; it sets `vocab_size` and the addresses.
@@ -237,9 +236,7 @@ class EngramConfig(PreTrainedConfig):
             refuse("memory_layers", f"ascending block numbers in 0..{self.num_hidden_layers - 1}, each once")
         if self.memory_contract not in ("engram", "deepseek_v41"):
             refuse("memory_contract", "must be 'engram' or 'deepseek_v41'")
-        if self.memory_contract == "deepseek_v41" and (
-            len(set(self.memory_table_sizes)) > 1 or self.memory_seed
-        ):
+        if self.memory_contract == "deepseek_v41" and (len(set(self.memory_table_sizes)) > 1 or self.memory_seed):
             refuse("memory_contract", "DeepSeek-V4.1 has one table size for all orders and seed 0")
         if not self.memory_table_sizes or min(self.memory_table_sizes) < 1:
             refuse("memory_table_sizes", "one positive number of rows per order, for orders 2, 3, ...")
@@ -251,6 +248,4 @@ class EngramConfig(PreTrainedConfig):
         if not 0 <= self.memory_pad_token_id < self.vocab_size:
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
         if self.memory_kernel_size < 0 or (not self.memory_gate and self.memory_kernel_size):
-            refuse(
-                "memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)"
-            )
+            refuse("memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)")

@@ -13,18 +13,14 @@ from torch import Tensor
 def check_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> Tensor:
     """The ids, if these are ids at all; whether the vocabulary has them is for the addresses to say."""
     if input_ids is None:
-        raise ValueError(
-            "input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds"
-        )
+        raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be integers [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
     _check_shape("inputs_embeds", inputs_embeds, [*input_ids.shape, hidden_size])
     return input_ids
 
 
-def check_places(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
-) -> None:
+def check_places(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int) -> None:
     batch, steps = input_ids.shape
     _check_shape("attention_mask", attention_mask, [batch, past + steps], " (cached and new tokens)")
     if position_ids is not None and list(position_ids.shape) != [1, steps]:

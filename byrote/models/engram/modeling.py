@@ -68,9 +68,7 @@ class EngramModel(EngramPreTrainedModel):
         for layer in self.layers:
             if isinstance(layer.memory, Engram) and layer.memory.tail_length:
                 width = self.config.num_streams * self.config.hidden_size
-                fields[f"convolution.{layer.layer_id}"] = Field(
-                    layer.memory.tail_length, (width,), dtype=None
-                )
+                fields[f"convolution.{layer.layer_id}"] = Field(layer.memory.tail_length, (width,), dtype=None)
         return fields
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
@@ -88,17 +86,16 @@ class EngramModel(EngramPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], restarting at documents.
+        """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document.
 
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
+        `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:
-                raise ValueError(
-                    "past_key_values cannot be filled under gradient checkpointing: pass use_cache=False"
-                )
+                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -110,9 +107,7 @@ class EngramModel(EngramPreTrainedModel):
         sequence, mask = self._place(input_ids, attention_mask, position_ids, past, past_key_values, state)
         if self.memories is None:
             tickets = {}
-            canonical_ids(
-                torch.arange(self.config.vocab_size, device=input_ids.device), input_ids, sequence.alive
-            )
+            canonical_ids(torch.arange(self.config.vocab_size, device=input_ids.device), input_ids, sequence.alive)
         else:
             tickets = self.memories(input_ids, sequence, state)
         # From here on nothing is refused. Only what stands under padding may still be no id.
@@ -137,17 +132,18 @@ class EngramModel(EngramPreTrainedModel):
             output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
             streams = output.streams
             hidden_states.append(streams)
-            if state is not None and tail is not None:
+            if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
             if output.counts is not None:
-                layer.experts.router.record(output.counts)
+                layer.experts.router.record(output.counts)  # type: ignore[union-attr, operator]
+            if output.balance_loss is not None:
                 balance.append(output.balance_loss)
         result = BaseModelOutputWithPast(
             last_hidden_state=self.norm(streams.mean(dim=2)),
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
         )
-        if self.training and balance:
+        if balance:
             result["balance_loss"] = torch.stack(balance).mean(dim=0)
         return result
 
@@ -211,7 +207,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100 where nothing is predicted."""
+        """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted."""
         check_labels(labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,

@@ -46,7 +46,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding, Router)):
             init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+                init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, Experts):
             init.normal_(module.gate_up, mean=0.0, std=std)
             init.normal_(module.down, mean=0.0, std=std)
@@ -67,8 +67,10 @@ class EngramPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             self.memory_stack.drop_pending()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Backbone, then tables, then the config: a folder with a config is complete."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
         if self.memory_stack is None or not kwargs.get("is_main_process", True):
@@ -79,7 +81,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         os.replace(aside, config)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
@@ -87,21 +89,13 @@ class EngramPreTrainedModel(PreTrainedModel):
         `placement`: where the tables live; "host" is RAM.
         """
         if placement != "host":
-            raise ValueError(
-                f"placement must be 'host', got {placement!r}: other placements come with a later version"
-            )
-        if (
-            os.path.isdir(name)
-            and "config" not in kwargs
-            and not _resolve(name, "config.json", kwargs).is_file()
-        ):
+            raise ValueError(f"placement must be 'host', got {placement!r}: other placements come with a later version")
+        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
-            raise ValueError(
-                f"{name} holds no config.json, which is written last: the save did not come to its end"
-            )
+            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub = {
+        hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
@@ -150,4 +144,4 @@ def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Pa
     """`file` of a folder, or of a repository on the hub."""
     if os.path.isdir(name):
         return Path(name, hub.get("subfolder") or "", file)
-    return Path(cached_file(str(name), file, **hub))
+    return Path(str(cached_file(str(name), file, **hub)))
