@@ -169,9 +169,8 @@ class RamTable:
         rows = arrays.get("rows")
         if rows is None or rows.dtype != CODECS[table.codec] or list(rows.shape) != [num_rows, width]:
             found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
-            raise ValueError(
-                f"{path}: tensor 'rows' must be {CODECS[table.codec]} {[num_rows, width]} by its header, got {found}"
-            )
+            wanted = f"{CODECS[table.codec]} {[num_rows, width]}"
+            raise ValueError(f"{path}: tensor 'rows' must be {wanted} as its header says, got {found}")
         table._rows, table.generation = rows, int(header["generation"])
         return table
 
