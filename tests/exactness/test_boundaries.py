@@ -90,6 +90,17 @@ def test_packed_documents_with_a_cache(model, ids, seed):
 
 
 @torch.no_grad()
+def test_the_last_document_goes_on_without_position_ids(model, ids):
+    documents, row, positions = packed(ids)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=row, position_ids=positions, past_key_values=cache)
+    more = ids[:1, :5]
+    logits = [model(input_ids=part, past_key_values=cache).logits for part in more.split([1, 4], dim=1)]
+    expected, _ = full_forward(model, torch.cat([documents[-1][None], more], dim=1))
+    assert_same_logits(torch.cat(logits, dim=1), expected[:, -5:])
+
+
+@torch.no_grad()
 def test_rollback_over_a_boundary(model, ids):
     documents, row, positions = packed(ids)
     expected = torch.cat([full_forward(model, document[None])[0] for document in documents], dim=1)

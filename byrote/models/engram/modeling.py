@@ -86,7 +86,8 @@ class EngramModel(EngramPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document.
+        """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
+        without position_ids the tokens go on with the last document.
 
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
         `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
@@ -165,12 +166,12 @@ class EngramModel(EngramPreTrainedModel):
             if attention_mask is None
             else attention_mask.bool()
         )
-        if position_ids is None:
-            position_ids = (key_alive.long().cumsum(dim=1) - 1).clamp_min(0)[:, -steps:]
-        nothing = input_ids.new_full((batch, 1), NO_POSITION)
-        last_position, last_document = (nothing, nothing.clamp_min(0))
+        last_position = input_ids.new_full((batch, 1), NO_POSITION)
+        last_document = torch.zeros_like(last_position)
         if state is not None:
             last_position, last_document = state.tails["position"], state.tails["document"]
+        if position_ids is None:  # the document goes on
+            position_ids = (last_position.clamp_min(-1) + key_alive[:, -steps:].cumsum(dim=1)).clamp_min(0)
         position_ids = position_ids.expand(batch, -1)
         sequence = Sequence.place(position_ids, key_alive[:, -steps:], past, last_position, last_document)
         if plain:
