@@ -29,9 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Training loss (thin, smoothed over the last tenth of what came before) and validation loss of each
-    run.
-    """
+    """Training loss (thin, smoothed over the last tenth of what came before) and validation loss of each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -39,12 +37,16 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     for index, (name, records) in enumerate(runs.items()):
         color = f"C{index}"
         train = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
-        validation = [(record["tokens"], record["val_loss"]) for record in records if "val_loss" in record]
+        partial = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is None]
+        whole = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is not None]
         if train:
             axes.plot([t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6)
-        if validation:
-            label = f"{name}, validation (last {validation[-1][1]:.3f})"
-            axes.plot(*zip(*validation, strict=True), color=color, marker="o", ms=4, lw=1.6, label=label)
+        if partial:  # of other documents than the whole: no line between the two
+            axes.plot(*zip(*partial, strict=True), color=color, marker="o", ms=3, lw=1.6, label=f"{name}, a part")
+        if whole:
+            label = f"{name}, all of validation ({whole[-1][1]:.3f})"
+            line = "none" if partial else "-"
+            axes.plot(*zip(*whole, strict=True), color=color, marker="D", ms=7, lw=1.6, ls=line, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -52,7 +54,7 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.set_xlabel("training tokens (log)")
     axes.set_ylabel("loss, nats per token (log)")
-    axes.set_title(f"{title}\nthin: training, smoothed")
+    axes.set_title(f"{title}\nthick: validation; thin: training, smoothed")
     axes.grid(True, which="both", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

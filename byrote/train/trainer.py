@@ -93,7 +93,8 @@ class Trainer:
                 last = self.step == self.recipe.steps
                 if reason and not last:
                     raise Interrupted(reason, self.step, self.save())
-                if not last and _due(self.step, self.recipe.eval_every):
+                # At the last step too, if on a part: the last point of the curve. The whole follows in any case.
+                if _due(self.step, self.recipe.eval_every) and (self.recipe.eval_batches or not last):
                     self._evaluate(self.recipe.eval_batches)
                 if _due(self.step, self.recipe.checkpoint_every):
                     checkpoint = self.save()

@@ -188,8 +188,9 @@ def test_options_that_change_the_numbers(train, tmp_path):
     last = {name: losses(tmp_path / name)[-1][1] for name in ("plain", "half", "free")}
     assert 0 < abs(last["plain"] - last["half"]) < 0.05
     assert last["plain"] != last["free"]
-    half, full = [r for r in read_metrics(tmp_path / "few/metrics.jsonl") if "val_loss" in r]
-    assert half["bits_per_byte"] is None and full["bits_per_byte"] > 0
+    *parts, full = [r for r in read_metrics(tmp_path / "few/metrics.jsonl") if "val_loss" in r]
+    assert [r["step"] for r in parts] == [2, 4] and all(r["bits_per_byte"] is None for r in parts)
+    assert full["step"] == 4 and full["bits_per_byte"] > 0
 
 
 def test_a_time_budget_stops_cleanly_and_resumes(train, tmp_path):
