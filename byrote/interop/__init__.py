@@ -1,0 +1,1 @@
+"""Readers and writers of released checkpoints, under their own names."""
