@@ -13,6 +13,7 @@ from byrote.cli.demo import demo
 from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
+from byrote.cli.lab import lab
 from byrote.cli.train import train
 
 
@@ -44,3 +45,4 @@ def byrote() -> None:
 
 for _verb in (demo, data, train, generate, gates, info, conformance):
     app.command()(_verb)
+app.add_typer(lab, name="lab")
