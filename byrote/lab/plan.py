@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Cell:
     def name(self) -> str:
         return f"{self.variant.name} seed {self.seed}"
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         content = self.variant.recipe.to_dict()
         model, train = content["model"], content["train"]

@@ -9,7 +9,7 @@
 A run that is done is not run again; one that stopped goes on from its checkpoint, bit for bit, or from its start if it
 has none. A run whose recipe is not the one it began with is refused: its results would be of two experiments.
 
-Left out: several machines, one run over several processes.
+Left out: several machines, one run over several processes, two labs at once in one folder.
 """
 
 from __future__ import annotations
