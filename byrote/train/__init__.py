@@ -1,6 +1,7 @@
 """Training: recipes, the one optimizer, the loop, checkpoints, evaluation."""
 
 from byrote.train.callback import TableCallback
+from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
 
-__all__ = ["Optimizer", "TableCallback"]
+__all__ = ["Muon", "Optimizer", "TableCallback"]

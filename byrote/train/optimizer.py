@@ -3,7 +3,11 @@
     kind     what                                            rule
     adamw    matrices; and, without decay, the embedding,    AdamW (torch's own functional form)
              gains, biases, the short convolution
+    muon     if asked for: the hidden matrices               Muon; each block of a fused matrix on its own
     rows     the anchors of the tables                       LazyAdam on the touched rows, 5x the rate, no decay
+
+Hidden matrices are all 2-D weights (the router's too) and the stacked experts, but neither the embedding nor the
+head that `get_output_embeddings` names. Fused: gate and up of the stacked experts, the keys of an Engram's streams.
 
 Two wrapped optimizers would go stale: `accelerator.prepare` and `load_state_dict` replace `param_groups`, and a
 schedule that holds the inner groups then moves nothing. Here every kind reads its rate from its own group at each step.
@@ -23,15 +27,18 @@ from torch.optim.adamw import adamw
 from byrote.memory import Memory
 from byrote.memory.exchange import mean_over_ranks
 from byrote.nn.engram import Engram
+from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam
+from byrote.train.muon import Muon
 
 
 class Optimizer(torch.optim.Optimizer):
     """For any model that holds `byrote.memory.Memory` modules; also for one that holds none.
 
     `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
-    one row's gradient. `router_bias_rate`: step of the loss-free balance (DeepSeek-V3 section 4.2: 0.001).
+    one row's gradient. `router_bias_rate`: step of the loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the
+    rule of the hidden matrices, AdamW's where there is none; `muon_rate`: their rate as a multiple of `lr`.
 
     After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
     """
@@ -49,11 +56,14 @@ class Optimizer(torch.optim.Optimizer):
         row_rate: float = 5.0,
         row_max_norm: float | None = None,
         router_bias_rate: float = 0.001,
+        muon: Muon | None = None,
+        muon_rate: float = 1.0,
     ) -> None:
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.router_bias_rate = router_bias_rate
         self.rule = LazyAdam(betas=betas, eps=eps, max_norm=row_max_norm)
+        self.muon = muon
         self.rows_touched = 0
         self.max_violation = 0.0
         anchors = {id(memory.anchor) for memory in self.memories}
@@ -63,16 +73,18 @@ class Optimizer(torch.optim.Optimizer):
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in anchors]
         decayed = [p for p in dense if p.dim() > 1 and id(p) not in kept]
         plain = [p for p in dense if p.dim() <= 1 or id(p) in kept]
+        blocks = _hidden_matrices(model) if muon else {}
+        decayed, hidden = [p for p in decayed if id(p) not in blocks], [p for p in decayed if id(p) in blocks]
         groups: list[dict[str, Any]] = [
             {"kind": "adamw", "params": decayed, "lr": lr, "weight_decay": weight_decay},
             {"kind": "adamw", "params": plain, "lr": lr, "weight_decay": 0.0},
-            {
-                "kind": "rows",
-                "params": [m.anchor for m in self.memories],
-                "lr": row_rate * lr,
-                "weight_decay": 0.0,
-            },
         ]
+        for count in sorted({blocks[id(p)] for p in hidden}):
+            matrices = [p for p in hidden if blocks[id(p)] == count]
+            group = {"kind": "muon", "params": matrices, "lr": muon_rate * lr, "weight_decay": weight_decay}
+            groups.append({**group, "blocks": count})
+        anchored = [m.anchor for m in self.memories]
+        groups.append({"kind": "rows", "params": anchored, "lr": row_rate * lr, "weight_decay": 0.0})
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
@@ -87,6 +99,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 self._step_adamw(group)
+            elif group["kind"] == "muon":
+                self._step_muon(group)
         self._step_rows(row_gradients)
         if self.routers:
             # A frozen router stays as it is, bias and all: an adapter is saved without it.
@@ -111,6 +125,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the model first. ValueError where this state belongs to other tables, or to another moment of them."""
+        saved_kinds, kinds = (
+            [(group["kind"], group.get("blocks")) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if saved_kinds != kinds:
+            raise ValueError(
+                f"the optimizer state was saved with groups of (kind, blocks) {saved_kinds}, this one has {kinds}: "
+                "make the optimizer with the same `muon` and the same parameters frozen"
+            )
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         index = {id(parameter): i for i, parameter in enumerate(order)}
         own = {index[id(memory.anchor)]: memory for memory in self.memories}
@@ -156,6 +179,17 @@ class Optimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        assert self.muon is not None
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            before = state["momentum"] if state else torch.zeros_like(parameter)
+            direction, state["momentum"] = self.muon.direction(parameter.grad, before, group["blocks"])
+            length = group["lr"] * self.muon.length(parameter.shape, group["blocks"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-length)
+
     def _take_row_gradients(self) -> list[tuple[Memory, Tensor, Tensor]]:
         """Row ids and gradients of each memory that moves, the same on all ranks; RuntimeError if one is not finite."""
         taken = []
@@ -188,6 +222,20 @@ class Optimizer(torch.optim.Optimizer):
             memory.commit()
             self.rows_touched += rows.numel()
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
+
+
+def _hidden_matrices(model: nn.Module) -> dict[int, int]:
+    """Of each weight that Muon may move, by its id: how many matrices lie in its rows."""
+    blocks = {id(p): 1 for p in model.parameters() if p.dim() == 2}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            blocks |= {id(module.gate_up): 2, id(module.down): 1}
+        elif isinstance(module, Engram):
+            blocks[id(module.key.weight)] = module.num_streams
+        find_head = getattr(module, "get_output_embeddings", None)
+        head = find_head() if find_head else None
+        blocks.pop(id(getattr(head, "weight", None)), None)
+    return blocks
 
 
 def _nothing(anchor: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from byrote import EngramConfig, EngramForCausalLM
+from byrote.nn.engram import Engram
 from byrote.nn.router import Router
+from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
 
 
@@ -105,6 +107,76 @@ def test_kinds_and_decay():
     ]
     assert {group["kind"] for group in Optimizer(make(memory_layers=[])).param_groups} == {"adamw"}
     assert {tuple(p.shape) for p in groups[2]["params"]} == {(1,)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_muon_moves(tied):
+    model = make(tie_word_embeddings=tied)
+    optimizer = Optimizer(model, lr=1e-3, weight_decay=0.1, muon=Muon(), muon_rate=2.0)
+    kinds = {id(p): (g["kind"], g.get("blocks")) for g in optimizer.param_groups for p in g["params"]}
+    by_name = {name: kinds[id(p)] for name, p in model.named_parameters()}
+    for name, kind in by_name.items():
+        if name.endswith(("gate_up",)):
+            assert kind == ("muon", 2), name
+        elif name.endswith("anchor"):
+            assert kind == ("rows", None), name
+        elif any(part in name for part in ("embed_tokens", "lm_head", "norm", "gain", "conv")):
+            assert kind == ("adamw", None), name
+        else:  # attention, dense and shared experts, down projections, routers, keys and values of the memories
+            assert kind == ("muon", 1), name
+    assert len(by_name) == len(kinds)
+    rates = {(g["kind"], g["weight_decay"]): g["lr"] for g in optimizer.param_groups}
+    assert rates == {("muon", 0.1): 2e-3, ("adamw", 0.0): 1e-3, ("rows", 0.0): 5e-3} | (
+        {} if tied else {("adamw", 0.1): 1e-3}
+    )
+
+
+def test_the_keys_of_streams_are_matrices_of_their_own():
+    layer = Engram(16, 8, num_streams=4)
+    groups = Optimizer(layer, muon=Muon()).param_groups
+    blocks = {id(p): g["blocks"] for g in groups if g["kind"] == "muon" for p in g["params"]}
+    assert blocks == {id(layer.key.weight): 4, id(layer.value.weight): 1}
+
+
+def test_a_step_of_muon():
+    """Each matrix moves by the rule alone, whatever stack it lies in; one that has no gradient stays."""
+    model = make()
+    optimizer = Optimizer(model, lr=1e-2, weight_decay=0.1, muon=Muon(coefficients="jordan"))
+    frozen = model.model.layers[2].attention.o_proj.weight
+    names = {id(p): name for name, p in model.named_parameters()}
+    ids = some_ids(2, 8)
+    momenta = {}
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        frozen.grad = None
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        for group in (g for g in optimizer.param_groups if g["kind"] == "muon"):
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                if parameter is frozen:
+                    assert torch.equal(parameter, before[name])
+                    continue
+                gradient, value = gradients[name], before[name]
+                parts = [m for e in gradient.view(-1, *gradient.shape[-2:]) for m in e.chunk(group["blocks"])]
+                values = [m for e in value.view(-1, *value.shape[-2:]) for m in e.chunk(group["blocks"])]
+                moved = []
+                for i, (part, matrix) in enumerate(zip(parts, values, strict=True)):
+                    momentum = momenta.get((name, i), torch.zeros_like(part))
+                    direction, momenta[name, i] = optimizer.muon.direction(part, momentum)
+                    length = 1e-2 * 0.2 * max(matrix.shape) ** 0.5
+                    moved.append(matrix * (1 - 1e-2 * 0.1) - length * direction)
+                twin = torch.cat(moved).view_as(parameter)
+                torch.testing.assert_close(parameter.detach(), twin, atol=1e-6, rtol=0, msg=name)
+
+
+def test_state_of_other_kinds_is_refused():
+    """The groups may have the same sizes; torch would take over the kinds."""
+    saved = Optimizer(make()).state_dict()
+    with pytest.raises(ValueError, match="make the optimizer with the same `muon`"):
+        Optimizer(make(), muon=Muon()).load_state_dict(saved)
 
 
 def test_rows_are_clipped_row_by_row():
