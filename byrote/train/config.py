@@ -49,14 +49,20 @@ class TrainRecipe:
     steps: int = 1000
     batch_size: int = 16  # rows in one optimizer step, over all processes
     micro_batch_size: int = 0  # rows in one forward; 0: all that a process holds
+    optimizer: str = "adamw"  # or "muon": for the hidden matrices, AdamW for the rest
     learning_rate: float = 1e-3
     row_rate: float = 5.0  # the tables' rate, as a multiple
+    muon_rate: float = 1.0  # the rate of Muon's matrices, as a multiple
+    muon_coefficients: str = "hybrid"  # or "jordan": fewer iterations, looser
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # norm of the dense gradient; 0: off
-    schedule: str = "cosine"  # or "constant"
+    schedule: str = "cosine"  # or "constant", "step", "wsd"
     warmup: int = 50  # steps
-    final_rate: float = 0.1  # of the cosine, as a share of learning_rate
+    final_rate: float = 0.1  # of cosine and wsd, as a share of learning_rate
+    step_at: tuple[float, ...] = (0.8, 0.9)  # of step: where the rate falls, as shares of the steps
+    step_shares: tuple[float, ...] = (0.316, 0.1)  # of step: to what, as shares of learning_rate
+    decay: float = 0.2  # of wsd: the share of the steps, the last ones, in which the rate falls
     precision: str = "float32"  # or "bfloat16": autocast
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -86,11 +92,22 @@ class TrainRecipe:
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
         for name, allowed in {
-            "schedule": ("cosine", "constant"),
+            "optimizer": ("adamw", "muon"),
+            "muon_coefficients": ("hybrid", "jordan"),
+            "schedule": ("cosine", "constant", "step", "wsd"),
             "precision": ("float32", "bfloat16"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"train.decay is {self.decay}; it is a share of the steps, from 0 to 1")
+        if list(self.step_at) != sorted(self.step_at) or not all(0 <= at <= 1 for at in self.step_at):
+            raise ValueError(f"train.step_at is {self.step_at}; give ascending shares of the steps, such as [0.8, 0.9]")
+        if len(self.step_shares) != len(self.step_at):
+            raise ValueError(
+                f"train.step_shares has {len(self.step_shares)} entries and train.step_at {len(self.step_at)}; "
+                "give a share of the rate for each place where it falls"
+            )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from byrote.train.checkpoint import align, latest
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
+from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.trainer import Result, Trainer
@@ -51,6 +52,8 @@ def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
         router_bias_rate=model.config.router_bias_update_rate,
+        muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
+        muon_rate=settings.muon_rate,
     )
 
 

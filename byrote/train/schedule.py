@@ -1,12 +1,17 @@
-"""The learning rate as a share of its peak, step by step: linear warmup, then constant or cosine.
+"""The learning rate as a share of its peak, after s of S steps: linear warmup of W steps, then one of four.
 
     warmup     (s + 1) / (W + 1)                            for s < W
     constant   1
     cosine     f + (1 - f) (1 + cos(pi p)) / 2              p = (s - W) / (S - W), f the final share
+    step       1, from 80 % of S 0.316, from 90 % 0.1       DeepSeek LLM section 2.3; V2: 60 % and 90 %
+    wsd        1, then f + (1 - f) (S - s) / D              warmup, stable, decay over the last D = share of S steps
 
-The share multiplies the rate of every param group, so that groups keep their proportions (tables: 5x).
+Percentages are of all steps, warmup included (DeepSeek LLM: of the training tokens). A warmup that is still going on
+when a decay would begin comes first. WSD (MiniCPM, 2404.06395) is published with several forms of decay; this is the
+straight line. The share multiplies the rate of every param group, so that groups keep their proportions (tables: 5x).
 """
 
+import bisect
 import math
 
 import torch
@@ -20,8 +25,15 @@ def share(step: int, recipe: TrainRecipe) -> float:
         return (step + 1) / (recipe.warmup + 1)
     if recipe.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
-    return recipe.final_rate + (1 - recipe.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+    if recipe.schedule == "step":
+        passed = bisect.bisect_right([round(at * recipe.steps) for at in recipe.step_at], step)
+        return (1.0, *recipe.step_shares)[passed]
+    begin = recipe.warmup
+    if recipe.schedule == "wsd":
+        begin = max(begin, recipe.steps - round(recipe.decay * recipe.steps))
+    progress = max(0, step - begin) / max(1, recipe.steps - begin) if step < recipe.steps else 1.0
+    falling = (1 + math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else 1 - progress
+    return recipe.final_rate + (1 - recipe.final_rate) * falling
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe) -> LambdaLR:

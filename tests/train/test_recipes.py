@@ -51,6 +51,12 @@ def test_load_override_and_save(path, tmp_path):
         ("train.steps=0", "train.steps is 0; it must be at least 1"),
         ("train.schedule='linear'", "must be one of"),
         ("train.precision='float16'", "must be one of"),
+        ("train.optimizer='sgd'", "must be one of ('adamw', 'muon')"),
+        ("train.muon_coefficients='v5'", "must be one of ('hybrid', 'jordan')"),
+        ("train.decay=1.5", "train.decay is 1.5; it is a share of the steps"),
+        ("train.step_at=[0.9, 0.8]", "give ascending shares of the steps"),
+        ("train.step_at=[80, 90]", "give ascending shares of the steps"),
+        ("train.step_at=[0.5]", "train.step_shares has 2 entries and train.step_at 1"),
     ],
 )
 def test_errors_name_the_field_and_the_remedy(path, override, message):

@@ -68,15 +68,16 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def test_two_runs_are_bitwise_equal_and_a_resumed_one_too(train, tmp_path):
-    train("straight", checkpoint_every=5, keep=5)
-    train("again", read_ahead=0)
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon", "schedule": "wsd"}], ids=["adamw", "muon"])
+def test_two_runs_are_bitwise_equal_and_a_resumed_one_too(train, tmp_path, settings):
+    train("straight", checkpoint_every=5, keep=5, **settings)
+    train("again", read_ahead=0, **settings)
     assert weights(tmp_path / "straight") == weights(tmp_path / "again")
     # As if killed after step 7: the checkpoint of step 5 is the newest, metrics go on beyond it.
     shutil.copytree(tmp_path / "straight", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed/checkpoints/step-000009")
     torch.manual_seed(1234)
-    train("killed", resume=True, checkpoint_every=5, keep=5)
+    train("killed", resume=True, checkpoint_every=5, keep=5, **settings)
     assert weights(tmp_path / "straight") == weights(tmp_path / "killed")
     assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
     first, second = training_state(tmp_path / "straight"), training_state(tmp_path / "killed")
@@ -185,7 +186,13 @@ def test_options_that_change_the_numbers(train, tmp_path):
     train("half", steps=3, precision="bfloat16")
     train("free", steps=3, clip=0.0)
     train("few", steps=4, eval_every=2, eval_batches=1, threads=torch.get_num_threads())
+    muon = {"optimizer": "muon", "steps": 3}
+    train("muon", **muon)
+    train("muon-jordan", muon_coefficients="jordan", **muon)
+    train("muon-rate", muon_rate=0.5, **muon)
     last = {name: losses(tmp_path / name)[-1][1] for name in ("plain", "half", "free")}
+    optimizers = ("plain", "muon", "muon-jordan", "muon-rate")
+    assert len({losses(tmp_path / name)[-1][1] for name in optimizers}) == len(optimizers)
     assert 0 < abs(last["plain"] - last["half"]) < 0.05
     assert last["plain"] != last["free"]
     *parts, full = [r for r in read_metrics(tmp_path / "few/metrics.jsonl") if "val_loss" in r]
