@@ -3,10 +3,10 @@
 For a weight W [a, b] with gradient G, rate lr, decay wd:
 
     M <- mu M + (1 - mu) G
-    N  = mu M + (1 - mu) G  (Nesterov; without it N = M)          one rate for N and for mu N: only its direction counts
+    N  = mu M + (1 - mu) G  (Nesterov; without it N = M)          only its direction counts
     O  = orthogonalize(N)
-    W <- (1 - lr wd) W - lr c O      c = 0.2 sqrt(max(a, b))      "rms": O has RMS 1/sqrt(max(a, b)), AdamW's is about
-                                                                  0.2, so AdamW's lr and wd may be kept (Moonlight)
+    W <- (1 - lr wd) W - lr c O      c = 0.2 sqrt(max(a, b))      "rms": O has RMS 1/sqrt(max(a, b)), AdamW's is 0.2 to
+                                                                  0.4, so AdamW's lr and wd may be kept (Moonlight)
                                      c = sqrt(max(1, a / b))      "jordan": of the original code
 
 orthogonalize is U S V^T -> U p(S / |S|) V^T by Newton-Schulz, without a decomposition; X is N / |N| (Frobenius), wide:
@@ -16,10 +16,10 @@ orthogonalize is U S V^T -> U p(S / |S|) V^T by Newton-Schulz, without a decompo
     jordan    5 x (3.4445, -4.7750, 2.0315)                       singular values end in [0.68, 1.20]
     hybrid    8 x the same, then 2 x (2, -1.5, 0.5)               DeepSeek-V4: within 5.4e-4 of 1
 
-(From S / |S| of 3e-3 and 3e-4 on; the share of smaller ones is pulled up less, and 0 stays 0.) Hybrid needs float32 to
-be what it says: in bfloat16 it ends within 6e-3. Jordan, Moonlight and torch compute in bfloat16; `dtype` is float32
-here unless given, because accuracy is what can be tested, and on CPUs bfloat16 need not be faster. The momentum
-has the parameter's dtype, as AdamW's moments have.
+(From S / |S| of 3e-3 and 3e-4 on; the share of smaller ones is raised less, and 0 stays 0.) Hybrid needs float32 to be
+what it says: in bfloat16 it ends within about 6e-3. So `dtype` is float32 here unless given, while Jordan, Moonlight and
+torch compute in bfloat16, which is the faster choice for large matrices. The momentum has the parameter's dtype, as
+AdamW's moments have.
 
 Shapes: all leading dimensions are a stack of matrices, each on its own: experts [E, a, b]. `blocks` cuts the rows of
 each matrix into equal parts that are matrices of their own: gate and up [E, 2w, d]. An expert without a token goes on
