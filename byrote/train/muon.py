@@ -17,8 +17,8 @@ orthogonalize is U S V^T -> U p(S / |S|) V^T by Newton-Schulz, without a decompo
     hybrid    8 x the same, then 2 x (2, -1.5, 0.5)               DeepSeek-V4: within 5.4e-4 of 1
 
 (From S / |S| of 3e-3 and 3e-4 on; the share of smaller ones is raised less, and 0 stays 0.) Hybrid needs float32 to be
-what it says: in bfloat16 it ends within about 6e-3. So `dtype` is float32 here unless given, while Jordan, Moonlight and
-torch compute in bfloat16, which is the faster choice for large matrices. The momentum has the parameter's dtype, as
+what it says: in bfloat16 it ends within about 6e-3. So `dtype` is float32 here unless given, while Jordan, Moonlight
+and torch compute in bfloat16, which is the faster choice for large matrices. The momentum has the parameter's dtype, as
 AdamW's moments have.
 
 Shapes: all leading dimensions are a stack of matrices, each on its own: experts [E, a, b]. `blocks` cuts the rows of
