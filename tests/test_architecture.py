@@ -18,7 +18,7 @@ PRIVATE = {name for other in OTHERS for name in dir(other) if name[0] == "_" != 
 PRIVATE -= set(dir(nn.Module))  # torch's
 # What a subclass of PreTrainedModel is asked to define.
 EXTENSION_POINTS = {"_init_weights", "_no_split_modules", "_skip_keys_device_placement", "_supports_sdpa"}
-EXTENSION_POINTS |= {"_tied_weights_keys"}
+EXTENSION_POINTS |= {"_keep_in_fp32_modules_strict", "_tied_weights_keys"}
 
 
 def imports(tree: ast.Module) -> set[str]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 # A parameter belongs to the first part whose mark is in its name.
 PARTS = {
+    "connections of the streams, exit": ("_connection.", ".exit."),
     "embedding and head": ("embed_tokens", "lm_head"),
     "attention": (".attention.", ".self_attn."),
     "routed experts": (".experts.experts.",),

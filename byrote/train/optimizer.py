@@ -2,7 +2,7 @@
 
     kind     what                                            rule
     adamw    matrices; and, without decay, the embedding,    AdamW (torch's own functional form)
-             gains, biases, the short convolution
+             gains, biases, scales, the short convolution
     muon     if asked for: the hidden matrices               Muon; each block of a fused matrix on its own
     rows     the anchors of the tables                       LazyAdam on the touched rows, 5x the rate, no decay
 

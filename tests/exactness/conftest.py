@@ -6,19 +6,23 @@ import pytest
 import torch
 
 from byrote import EngramConfig, EngramForCausalLM
+from byrote.nn.hyper import GatedExit, ManifoldConnection
 from byrote.nn.router import Router
 
 VOCABULARY = 64
 TOLERANCE = 1e-5
 
 
-def build(*, convolution: bool = True, moe: bool = True, layers: int = 2, seed: int = 0) -> EngramForCausalLM:
+def build(
+    *, convolution: bool = True, moe: bool = True, layers: int = 2, num_streams: int = 1, seed: int = 0
+) -> EngramForCausalLM:
     torch.manual_seed(seed)
     config = EngramConfig.from_preset(
         "nano",
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=3,
+        num_streams=num_streams,
         memory_layers=[1] if layers == 1 else [0, 2],
         memory_table_sizes=[101, 211],
         memory_kernel_size=4 if convolution else 0,
@@ -39,6 +43,10 @@ def build(*, convolution: bool = True, moe: bool = True, layers: int = 2, seed: 
         for module in model.modules():
             if isinstance(module, Router):
                 module.selection_bias.normal_(0, 0.05)
+            elif isinstance(module, ManifoldConnection | GatedExit):
+                module.weight.normal_(0, 0.1)
+                module.bias.add_(0.5 * torch.randn_like(module.bias))
+                module.scale.fill_(0.5)
     return model
 
 
@@ -82,14 +90,19 @@ def moe(request):
     return request.param
 
 
-@pytest.fixture(params=[1, 2], ids=["one_layer", "two_layers"])
-def layers(request):
-    return request.param
+SHAPES = {"one_layer": (1, 1), "two_layers": (2, 1), "four_streams": (2, 4)}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    """Memory layers and streams."""
+    layers, num_streams = SHAPES[request.param]
+    return {"layers": layers, "num_streams": num_streams}
 
 
 @pytest.fixture
-def model(convolution, moe, layers):
-    return build(convolution=convolution, moe=moe, layers=layers)
+def model(convolution, moe, shape):
+    return build(convolution=convolution, moe=moe, **shape)
 
 
 @pytest.fixture

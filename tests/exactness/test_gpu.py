@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture
-def on_gpu(convolution, moe, layers):
-    return build(convolution=convolution, moe=moe, layers=layers).cuda()
+def on_gpu(convolution, moe, shape):
+    return build(convolution=convolution, moe=moe, **shape).cuda()
 
 
 def test_row_ids_and_logits_equal_the_cpu(model, on_gpu, ids):

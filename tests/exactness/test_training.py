@@ -73,11 +73,19 @@ def test_accumulation(alpha, muon):
     assert_same_state(whole, parts, 5e-6 if muon else 1e-6)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
+def test_accumulation_over_four_streams():
     ids, labels = batch()
-    plain = train(make(), [(ids, labels)], steps=2)
-    model = make()
+    whole = train(make(num_streams=4), [(ids, labels)], eps=1e-5)
+    parts = train(make(num_streams=4), micro_batches(ids, labels, 1), eps=1e-5)
+    assert_same_state(whole, parts, 1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"num_streams": 4}, {"num_streams": 4, "stream_connection": "hc"}])
+def test_gradient_checkpointing(use_reentrant, settings):
+    ids, labels = batch()
+    plain = train(make(**settings), [(ids, labels)], steps=2)
+    model = make(**settings)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     loads = []
     for module in model.modules():
@@ -111,9 +119,10 @@ def test_two_forwards_before_one_backward():
             torch.testing.assert_close(sums, other_sums, atol=1e-7, rtol=1e-5)
 
 
-def test_bf16_autocast_learns():
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_bf16_autocast_learns(num_streams):
     ids, labels = batch()
-    model = make()
+    model = make(num_streams=num_streams)
 
     def forward(**inputs):
         with torch.autocast("cpu", torch.bfloat16):
@@ -127,14 +136,15 @@ def test_bf16_autocast_learns():
     assert all(memory.table.rows.dtype == torch.float32 for _, memory in model.model.memories.items())
 
 
-def test_two_runs_with_one_seed_are_equal():
-    batches = [batch()]
-    assert_same_state(train(make(), batches, steps=3), train(make(), batches, steps=3), 0)
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_two_runs_with_one_seed_are_equal(num_streams):
+    runs = [train(make(num_streams=num_streams), [batch()], steps=3) for _ in range(2)]
+    assert_same_state(*runs, 0)
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_uninterrupted(tmp_path, dtype, muon):
+@pytest.mark.parametrize(("dtype", "num_streams"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 4)])
+def test_resume_is_uninterrupted(tmp_path, dtype, num_streams, muon):
     ids, labels = batch()
 
     def steps(model, optimizer, count):
@@ -144,7 +154,7 @@ def test_resume_is_uninterrupted(tmp_path, dtype, muon):
             optimizer.step()
             optimizer.zero_grad()
 
-    model = make().to(dtype)
+    model = make(num_streams=num_streams).to(dtype)
     optimizer = Optimizer(model, muon=muon)
     steps(model, optimizer, 3)
     model.save_pretrained(tmp_path)

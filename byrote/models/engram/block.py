@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from byrote.memory import Sequence, Ticket
 from byrote.models.engram.configuration import EngramConfig
 from byrote.nn.engram import Engram, UngatedMemory
-from byrote.nn.hyper import Residual
+from byrote.nn.hyper import Convention, HyperConnection, ManifoldConnection, Residual
 from byrote.nn.mla import MLA, Cache
 from byrote.nn.moe import MLP, DeepSeekMoE
 from byrote.nn.rope import yarn_softmax_scale
@@ -51,7 +51,7 @@ class EngramBlock(GradientCheckpointingLayer):
             )
         elif layer_id in config.memory_layers:
             self.memory = UngatedMemory(d, config.memory_size)
-        self.connect = Residual()
+        self.attention_connection = _connection(config, 2 * layer_id)
         self.attention_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.attention = MLA(
             d,
@@ -64,6 +64,7 @@ class EngramBlock(GradientCheckpointingLayer):
             eps=config.rms_norm_eps,
             softmax_scale=yarn_softmax_scale(config.qk_nope_head_dim + config.qk_rope_head_dim, config.yarn_parameters),
         )
+        self.experts_connection = _connection(config, 2 * layer_id + 1)
         self.experts_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.experts: MLP | DeepSeekMoE
         if layer_id < config.first_k_dense_replace:
@@ -99,10 +100,20 @@ class EngramBlock(GradientCheckpointingLayer):
             rows = ticket.wait().to(streams.dtype)
             addend, columns = self.memory(streams, rows, sequence.alive, sequence.starts, tail)
             streams = streams + addend
-        x, write = self.connect(streams)
+        x, write = self.attention_connection(streams)
         streams = write(self.attention(self.attention_norm(x), rotary, mask, cache))
-        x, write = self.connect(streams)
+        x, write = self.experts_connection(streams)
         if isinstance(self.experts, MLP):
             return BlockOutput(write(self.experts(self.experts_norm(x))), None, None, columns)
         y, stats = self.experts(self.experts_norm(x), sequence.alive)
         return BlockOutput(write(y), stats.counts, stats.balance_loss, columns)
+
+
+def _connection(config: EngramConfig, sublayer: int) -> Residual | HyperConnection | ManifoldConnection:
+    n, d, eps = config.num_streams, config.hidden_size, config.rms_norm_eps
+    if n == 1:
+        return Residual()
+    if config.stream_connection == "hc":
+        return HyperConnection(d, n, sublayer, norm_eps=eps)
+    convention: Convention = "deepseek_v4" if config.stream_connection == "mhc" else "paper"
+    return ManifoldConnection(d, n, sublayer, convention=convention, norm_eps=eps)

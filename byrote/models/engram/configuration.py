@@ -11,6 +11,9 @@ Names are those of transformers' DeepseekV3Config where the thing is the same. F
     memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent
 
+    num_streams          residual streams; 1 is the plain residual
+    stream_connection    with more: "mhc" (as DeepSeek-V4), "mhc_paper" or "hc"; see byrote.nn.hyper
+
 Row width times heads times orders is the paper's d_mem (table 5: 1280); the demo's `n_embed_per_ngram` is row width
 times heads.
 """
@@ -37,6 +40,7 @@ class EngramConfig(PreTrainedConfig):
         hidden_size: int = 64,
         num_hidden_layers: int = 4,
         num_streams: int = 1,
+        stream_connection: str = "mhc",
         num_attention_heads: int = 4,
         q_lora_rank: int | None = None,
         kv_lora_rank: int = 16,
@@ -86,6 +90,7 @@ class EngramConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_streams = num_streams
+        self.stream_connection = stream_connection
         self.num_attention_heads = num_attention_heads
         self.q_lora_rank = q_lora_rank
         self.kv_lora_rank = kv_lora_rank
@@ -211,8 +216,10 @@ class EngramConfig(PreTrainedConfig):
         def refuse(field: str, remedy: str) -> None:
             raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
 
-        if self.num_streams != 1:
-            refuse("num_streams", "one stream (the plain residual) is all there is in this version")
+        if self.num_streams < 1:
+            refuse("num_streams", "at least 1, which is the plain residual; the paper has 4")
+        if self.stream_connection not in ("mhc", "mhc_paper", "hc"):
+            refuse("stream_connection", "must be 'mhc', 'mhc_paper' or 'hc'")
         if self.num_experts_per_tok > self.n_routed_experts:
             refuse("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
         if self.scoring_func not in ("sigmoid", "softmax"):

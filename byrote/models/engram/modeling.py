@@ -1,7 +1,7 @@
 """EngramModel and EngramForCausalLM: the Hugging Face classes. How a token travels:
 
 input_ids -> Sequence (alive, document starts) -> tickets of all memories   (from ids alone, before block 0)
-          -> embedding -> streams [B, T, n, d] -> blocks -> mean of the streams -> norm -> head
+          -> embedding -> streams [B, T, n, d] -> blocks -> exit (one stream again) -> norm -> head
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from byrote.models.engram.inputs import check_ids, check_labels, check_places
 from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
+from byrote.nn.hyper import GatedExit, MeanExit
 from byrote.nn.rope import rotary
 from byrote.tables import RamTable
 
@@ -38,6 +39,9 @@ class EngramModel(EngramPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.memories = self._make_memories(config, vocabulary)
         self.layers = nn.ModuleList([EngramBlock(config, i) for i in range(config.num_hidden_layers)])
+        gated = config.num_streams > 1 and config.stream_connection == "mhc"
+        sizes = config.hidden_size, config.num_streams
+        self.exit = GatedExit(*sizes, norm_eps=config.rms_norm_eps) if gated else MeanExit()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -140,7 +144,7 @@ class EngramModel(EngramPreTrainedModel):
             if output.balance_loss is not None:
                 balance.append(output.balance_loss)
         result = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(streams.mean(dim=2)),
+            last_hidden_state=self.norm(self.exit(streams)),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
         )

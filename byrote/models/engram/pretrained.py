@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from byrote.memory import MemoryStack
 from byrote.models.engram.configuration import EngramConfig
 from byrote.nn.engram import Engram
+from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import RamTable
@@ -32,6 +33,7 @@ class EngramPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EngramBlock"]  # noqa: RUF012
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["attention_connection", "experts_connection", "exit"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -40,6 +42,7 @@ class EngramPreTrainedModel(PreTrainedModel):
         linear, embedding, router, experts   N(0, std^2)
         biases, convolution                  0              (Engram paper, table 5: conv zero init)
         all gains                            1
+        connections, exit                    the plain residual (byrote.nn.hyper)
         rows of the tables                   N(0, memory_initializer_range^2), drawn by the table itself
         """
         std = self.config.initializer_range
@@ -54,6 +57,8 @@ class EngramPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, Engram):
             module.reset_gains(init)
+        elif isinstance(module, HyperConnection | ManifoldConnection | GatedExit):
+            module.reset(init.copy_)
         if isinstance(module, Router):
             init.zeros_(module.selection_bias)
 
