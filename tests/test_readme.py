@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<run><!-- run -->\n+)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
-TO_COME = ("docs/log.md", "docs/demo.png")  # measured, not written: they come with the numbers
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
@@ -76,7 +75,7 @@ def test_what_the_text_names_exists(page, app):
     for command, word in re.findall(r"`(make|byrote) ([\w-]+)", text):
         assert word in (TARGETS if command == "make" else verbs), f"{page.name}: `{command} {word}`"
     for path in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert path in TO_COME or (page.parent / path).exists(), f"{page.name} links to {path}"
+        assert (page.parent / path).exists(), f"{page.name} links to {path}"
     for path in re.findall(r"`((?:byrote|tests|docs|recipes|examples|benchmarks)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
