@@ -56,6 +56,7 @@ class TrainRecipe:
     muon_coefficients: str = "hybrid"  # or "jordan": fewer iterations, looser
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8  # of Adam
     clip: float = 1.0  # norm of the dense gradient; 0: off
     schedule: str = "cosine"  # or "constant", "step", "wsd"
     warmup: int = 50  # steps

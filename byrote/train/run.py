@@ -49,6 +49,7 @@ def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
         model,
         settings.learning_rate,
         betas=settings.betas,
+        eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
         router_bias_rate=model.config.router_bias_update_rate,

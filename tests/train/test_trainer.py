@@ -137,17 +137,19 @@ def test_a_batch_may_be_split_into_micro_batches(corpus, make_recipe, tmp_path):
 
 
 def test_two_processes_follow_the_single_process(train, make_recipe, corpus, tmp_path):
-    train("one", steps=3)
-    make_recipe(steps=3).save(tmp_path / "recipe.json")
+    # At 1e-8 Adam makes a step of gradients that are nothing but rounding, and that differs with the split.
+    settings = {"steps": 3, "epsilon": 1e-4}
+    train("one", **settings)
+    make_recipe(**settings).save(tmp_path / "recipe.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "byrote", "train", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     for (step, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, abs=1e-5), step
+        assert a == pytest.approx(b, abs=2e-6), step
     first, second = (load_file(latest(tmp_path / name) / "model.safetensors") for name in ("one", "two"))
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=2e-5, rtol=0, msg=name)
+        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_the_run_folder(train, tmp_path):
@@ -185,16 +187,17 @@ def test_options_that_change_the_numbers(train, tmp_path):
     train("plain", steps=3, device="cpu")
     train("half", steps=3, precision="bfloat16")
     train("free", steps=3, clip=0.0)
+    train("soft", steps=3, epsilon=1e-3)
     train("few", steps=4, eval_every=2, eval_batches=1, threads=torch.get_num_threads())
     muon = {"optimizer": "muon", "steps": 3}
     train("muon", **muon)
     train("muon-jordan", muon_coefficients="jordan", **muon)
     train("muon-rate", muon_rate=0.5, **muon)
-    last = {name: losses(tmp_path / name)[-1][1] for name in ("plain", "half", "free")}
+    last = {name: losses(tmp_path / name)[-1][1] for name in ("plain", "half", "free", "soft")}
     optimizers = ("plain", "muon", "muon-jordan", "muon-rate")
     assert len({losses(tmp_path / name)[-1][1] for name in optimizers}) == len(optimizers)
     assert 0 < abs(last["plain"] - last["half"]) < 0.05
-    assert last["plain"] != last["free"]
+    assert last["plain"] != last["free"] and last["plain"] != last["soft"]
     *parts, full = [r for r in read_metrics(tmp_path / "few/metrics.jsonl") if "val_loss" in r]
     assert [r["step"] for r in parts] == [2, 4] and all(r["bits_per_byte"] is None for r in parts)
     assert full["step"] == 4 and full["bits_per_byte"] > 0
