@@ -83,4 +83,5 @@ def test_what_the_text_names_exists(page, app):
 def test_the_readme_shows_the_demo_and_the_tests():
     commands = [line for kind, text in blocks(PAGES[0]) if kind == "bash" for line in text.splitlines()]
     assert commands[:2] == ["make demo", "make test"]
-    assert "<!-- demo-table -->" in PAGES[0].read_text("utf-8")
+    page = PAGES[0].read_text("utf-8")
+    assert "| validation loss |" in page and "](docs/demo.png)" in page
