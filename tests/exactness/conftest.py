@@ -14,7 +14,13 @@ TOLERANCE = 1e-5
 
 
 def build(
-    *, convolution: bool = True, moe: bool = True, layers: int = 2, num_streams: int = 1, seed: int = 0
+    *,
+    convolution: bool = True,
+    moe: bool = True,
+    layers: int = 2,
+    num_streams: int = 1,
+    memory_fusion: str = "streams",
+    seed: int = 0,
 ) -> EngramForCausalLM:
     torch.manual_seed(seed)
     config = EngramConfig.from_preset(
@@ -23,6 +29,7 @@ def build(
         hidden_size=32,
         num_hidden_layers=3,
         num_streams=num_streams,
+        memory_fusion=memory_fusion,
         memory_layers=[1] if layers == 1 else [0, 2],
         memory_table_sizes=[101, 211],
         memory_kernel_size=4 if convolution else 0,

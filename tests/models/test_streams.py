@@ -49,6 +49,20 @@ def test_the_start_is_the_plain_residual_net(kind, num_streams, dense_layers, id
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_single_memory_starts_as_that_of_the_plain_residual_net(kind, ids):
+    settings = {"initializer_range": 0.1, "memory_initializer_range": 1.0, "memory_fusion": "single"}
+    plain = make(**settings).eval()
+    model = make(num_streams=4, stream_connection=kind, **settings).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all(any(mark in f".{name}" for mark in CONNECTION) for name in missing)
+    expected = logits(plain, ids)
+    without = logits(make(**{**settings, "memory_layers": []}).eval(), ids)
+    assert float((expected - without).abs().max()) > 0.1  # the memory matters
+    error = float((logits(model, ids) - expected).abs().max() / expected.abs().max())
+    assert error < 1e-5 and spread(model, ids) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_streams_come_apart(kind, ids):
     model = train(make(memory_layers=[], num_streams=4, stream_connection=kind), steps=10, lr=1e-2)
     assert spread(model, ids) > 5e-3

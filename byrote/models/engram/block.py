@@ -1,8 +1,11 @@
 """One block: memory, attention, experts, each read from and added to the residual streams.
 
-streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.3, equation 6
+streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.4, equation 6
 streams <- write(MLA(norm(x))),  x, write = connect(streams)
 streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first blocks)
+
+With memory_fusion "single" a memory is a sublayer like the others, streams <- write(Engram(x, rows)): the paper's
+ablation without multiple branches, which fuses one Engram into the hidden state behind the pre-mapping.
 """
 
 from __future__ import annotations
@@ -38,18 +41,21 @@ class EngramBlock(GradientCheckpointingLayer):
         super().__init__()
         d = config.hidden_size
         self.layer_id = layer_id
+        has_memory = layer_id in config.memory_layers
+        single = has_memory and config.memory_fusion == "single"
+        self.memory_connection = _connection(config, 2 * layer_id) if single else None
         self.memory: Engram | UngatedMemory | None = None
-        if layer_id in config.memory_layers and config.memory_gate:
+        if has_memory and config.memory_gate:
             self.memory = Engram(
                 d,
                 config.memory_size,
-                num_streams=config.num_streams,
+                num_streams=1 if single else config.num_streams,
                 kernel_size=config.memory_kernel_size,
                 dilation=len(config.memory_table_sizes) + 1,
                 bias=config.memory_bias,
                 zero_gate_rule=config.memory_zero_gate_rule,  # type: ignore[arg-type]
             )
-        elif layer_id in config.memory_layers:
+        elif has_memory:
             self.memory = UngatedMemory(d, config.memory_size)
         self.attention_connection = _connection(config, 2 * layer_id)
         self.attention_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
@@ -98,8 +104,14 @@ class EngramBlock(GradientCheckpointingLayer):
         if self.memory is not None:
             assert ticket is not None
             rows = ticket.wait().to(streams.dtype)
-            addend, columns = self.memory(streams, rows, sequence.alive, sequence.starts, tail)
-            streams = streams + addend
+            places = sequence.alive, sequence.starts, tail
+            if self.memory_connection is None:
+                addend, columns = self.memory(streams, rows, *places)
+                streams = streams + addend
+            else:
+                x, write = self.memory_connection(streams)
+                addend, columns = self.memory(x.unsqueeze(2), rows, *places)
+                streams = write(addend.squeeze(2))
         x, write = self.attention_connection(streams)
         streams = write(self.attention(self.attention_norm(x), rotary, mask, cache))
         x, write = self.experts_connection(streams)

@@ -9,6 +9,8 @@ Names are those of transformers' DeepseekV3Config where the thing is the same. F
     memory_pad_token_id  raw id that stands before a document;  memory_seed: of the multipliers
     memory_kernel_size   taps of the short convolution (0: none); its dilation is the highest order
     memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
+    memory_fusion        "streams": added to every stream, one key each; "single": a sublayer between connections,
+                         read from and written to the streams as attention is (the paper's "w/o multi branch")
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent
 
     num_streams          residual streams; 1 is the plain residual
@@ -71,6 +73,7 @@ class EngramConfig(PreTrainedConfig):
         memory_pad_token_id: int = 2,
         memory_seed: int = 0,
         memory_gate: bool = True,
+        memory_fusion: str = "streams",
         memory_kernel_size: int = 4,
         memory_zero_gate_rule: str = "sign",
         memory_bias: bool = False,
@@ -121,6 +124,7 @@ class EngramConfig(PreTrainedConfig):
         self.memory_pad_token_id = memory_pad_token_id
         self.memory_seed = memory_seed
         self.memory_gate = memory_gate
+        self.memory_fusion = memory_fusion
         self.memory_kernel_size = memory_kernel_size
         self.memory_zero_gate_rule = memory_zero_gate_rule
         self.memory_bias = memory_bias
@@ -250,6 +254,8 @@ class EngramConfig(PreTrainedConfig):
         for field in ("memory_heads", "memory_row_width"):
             if getattr(self, field) < 1:
                 refuse(field, "must be at least 1")
+        if self.memory_fusion not in ("streams", "single"):
+            refuse("memory_fusion", "must be 'streams' or 'single'")
         if self.memory_zero_gate_rule not in ("sign", "copysign"):
             refuse("memory_zero_gate_rule", "must be 'sign' or 'copysign'")
         if not 0 <= self.memory_pad_token_id < self.vocab_size:

@@ -71,7 +71,7 @@ class EngramModel(EngramPreTrainedModel):
         fields = {} if self.memories is None else self.memories.fields()
         for layer in self.layers:
             if isinstance(layer.memory, Engram) and layer.memory.tail_length:
-                width = self.config.num_streams * self.config.hidden_size
+                width = layer.memory.num_streams * self.config.hidden_size
                 fields[f"convolution.{layer.layer_id}"] = Field(layer.memory.tail_length, (width,), dtype=None)
         return fields
 

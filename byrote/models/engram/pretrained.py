@@ -33,7 +33,12 @@ class EngramPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EngramBlock"]  # noqa: RUF012
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["attention_connection", "experts_connection", "exit"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "memory_connection",
+        "attention_connection",
+        "experts_connection",
+        "exit",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
