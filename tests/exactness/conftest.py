@@ -14,7 +14,13 @@ TOLERANCE = 1e-5
 
 
 def build(
-    *, convolution: bool = True, moe: bool = True, layers: int = 2, num_streams: int = 1, seed: int = 0
+    *,
+    convolution: bool = True,
+    moe: bool = True,
+    layers: int = 2,
+    num_streams: int = 1,
+    modules: int = 0,
+    seed: int = 0,
 ) -> EngramForCausalLM:
     torch.manual_seed(seed)
     config = EngramConfig.from_preset(
@@ -23,6 +29,7 @@ def build(
         hidden_size=32,
         num_hidden_layers=3,
         num_streams=num_streams,
+        num_nextn_predict_layers=modules,
         memory_layers=[1] if layers == 1 else [0, 2],
         memory_table_sizes=[101, 211],
         memory_kernel_size=4 if convolution else 0,
@@ -90,14 +97,14 @@ def moe(request):
     return request.param
 
 
-SHAPES = {"one_layer": (1, 1), "two_layers": (2, 1), "four_streams": (2, 4)}
+SHAPES = {"one_layer": (1, 1, 1), "two_layers": (2, 1, 0), "four_streams": (2, 4, 2)}
 
 
 @pytest.fixture(params=SHAPES)
 def shape(request):
-    """Memory layers and streams."""
-    layers, num_streams = SHAPES[request.param]
-    return {"layers": layers, "num_streams": num_streams}
+    """Memory layers, streams, and modules of multi-token prediction."""
+    layers, num_streams, modules = SHAPES[request.param]
+    return {"layers": layers, "num_streams": num_streams, "modules": modules}
 
 
 @pytest.fixture

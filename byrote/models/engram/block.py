@@ -3,6 +3,9 @@
 streams <- streams + Engram(streams, rows)          blocks with a memory; Engram paper section 2.3, equation 6
 streams <- write(MLA(norm(x))),  x, write = connect(streams)
 streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first blocks)
+
+Blocks behind the last one, from layer id num_hidden_layers on, belong to the modules of multi-token prediction
+(byrote.nn.mtp): without a memory, and with experts if the last block of the trunk has them.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class EngramBlock(GradientCheckpointingLayer):
         self.experts_connection = _connection(config, 2 * layer_id + 1)
         self.experts_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.experts: MLP | DeepSeekMoE
-        if layer_id < config.first_k_dense_replace:
+        if min(layer_id, config.num_hidden_layers - 1) < config.first_k_dense_replace:
             self.experts = MLP(d, config.intermediate_size)
         else:
             self.experts = DeepSeekMoE(
