@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from byrote.models.engram.draft import Drafter
@@ -114,7 +116,8 @@ def test_no_token_too_many(length, ids, spied):
 def test_an_end_stops_it(modules, ids):
     model = build(modules=modules)
     plain = generate(model, ids[:1], processor=FewWords())[0, 24:].tolist()
-    for end in sorted(set(plain)):
+    # Not the prompt's last word: transformers 5.17 takes such a prompt for a text that is done.
+    for end in sorted(set(plain) - {int(ids[0, -1])}):
         stopped = generate(model, ids[:1], processor=FewWords(), eos_token_id=end)
         assert stopped[0, 24:].tolist() == plain[: plain.index(end) + 1]
         drafted = generate(model, ids[:1], processor=FewWords(), eos_token_id=[end, 63], use_mtp=True)
@@ -144,6 +147,7 @@ def test_a_packed_prompt(ids, spied):
     assert assert_from_scratch(model, calls, FewWords(), skip=10) > 10
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 feeds the cached tokens again")
 def test_a_prompt_that_is_partly_cached(ids):
     model = build(num_streams=4, modules=2)
     cache = model(input_ids=ids[:1, :20], use_cache=True).past_key_values
