@@ -174,6 +174,12 @@ def from_deepseek_v3(model: EngramForCausalLM, tensors: Iterable[tuple[str, Tens
             filled[place.name] += tensor.numel()
     missing = [name for name, place in table.items() if filled[place.name] != state[place.name].numel()]
     if missing:
+        found = IGNORED.match(missing[0])
+        if found and found[1] and int(found[1]) >= model.config.num_hidden_layers:
+            raise ValueError(
+                f"{missing[0]} or its neighbors are missing: the prediction modules are not all here, as in what "
+                "transformers has in memory; set num_nextn_predict_layers to 0 to import the model without them"
+            )
         raise ValueError(f"{missing[0]} or its neighbors are missing ({len(missing)} names): copy all of the shards")
     for name, tensor in stored.items():
         if torch.equal(tensor.to(state[copies[name]]), state[copies[name]]):

@@ -113,7 +113,7 @@ def test_generate_with_drafts(place, tmp_path):
         assert found and int(found[1]) <= int(found[2]) and 1 <= float(found[3]) <= 3
     sampled = [run("generate", out, "the", "--draft", "mtp", "--seed", seed).splitlines()[0] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    output = run("info", out)
+    output = " ".join(run("info", out).split())
     assert "apart: multi-token prediction" in output and "in prediction modules, apart" in output
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(("mtp_loss" in record) == ("loss" in record) for record in records)
