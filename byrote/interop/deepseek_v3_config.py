@@ -80,8 +80,8 @@ def to_deepseek_v3_config(config: EngramConfig, *, backbone_only: bool = False) 
     if config.num_nextn_predict_layers and config.first_k_dense_replace == config.num_hidden_layers:
         raise ValueError(
             f"num_nextn_predict_layers={config.num_nextn_predict_layers} with first_k_dense_replace="
-            f"{config.first_k_dense_replace}, all blocks: the prediction modules of DeepSeek-V3 have experts, these have "
-            "none; train a model with experts in its last block, or without modules"
+            f"{config.first_k_dense_replace}, all blocks: the prediction modules of DeepSeek-V3 have experts, these "
+            "have none; train a model with experts in its last block, or without modules"
         )
     _check_common(config)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

@@ -33,6 +33,7 @@ def edit(folder, change):
 @pytest.mark.parametrize("settings", [{}, {"q_lora_rank": 24, "tie_word_embeddings": False}])
 @torch.no_grad()
 def test_module_logits_are_those_of_transformers(modules, settings, tmp_path):
+    """Given the same h^{k-1}: transformers' own drafting gives its modules normalized ones."""
     ours = saved(tmp_path, num_nextn_predict_layers=modules, **settings)
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()
     # It knows its modules by the layer number of the one released model.
@@ -45,12 +46,18 @@ def test_module_logits_are_those_of_transformers(modules, settings, tmp_path):
     angles = rotary(places, ours.config.qk_rope_head_dim, theta=ours.config.rope_theta)
     for k, module in enumerate(ours.model.mtp):
         # Positions count from k + 1 there: only their differences matter.
-        expected = oracle.forward_layer(
-            k, streams.squeeze(2), places + k + 1, None, input_ids=ids[:, k + 1 : k + 18], use_cache=False
+        positions, next_ids = places + k + 1, ids[:, k + 1 : k + 18]
+        expected = oracle.layers[k](
+            oracle.embed_tokens(next_ids),
+            streams.squeeze(2),
+            position_embeddings=oracle.rotary_emb(streams, position_ids=positions),
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=None,
         )
-        embeddings = ours.model.embed_tokens(ids[:, k + 1 : k + 18])
+        embeddings = ours.model.embed_tokens(next_ids)
         hidden, output = module(embeddings, streams, angles, None, AliveOnly(17))
-        logits, expected = ours.lm_head(hidden), oracle._project_to_logits(expected)
+        logits, expected = ours.lm_head(hidden), oracle.shared_head(expected)
         assert expected.std() > 0.1
         torch.testing.assert_close(logits, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
         streams = output.streams
@@ -69,7 +76,7 @@ def test_names_and_shared_copies(tmp_path):
 
 @MODULES
 def test_import(modules, tmp_path):
-    """Copies may be missing; others than the main model's are refused."""
+    """The copies may be missing; others than the main model's are refused."""
     ours = saved(tmp_path, num_nextn_predict_layers=modules)
     edit(tmp_path, lambda tensors: tensors.pop(f"model.layers.{LAYERS}.embed_tokens.weight"))
     back = load_deepseek_v3(tmp_path)
