@@ -54,6 +54,9 @@ def build(
                 module.weight.normal_(0, 0.1)
                 module.bias.add_(0.5 * torch.randn_like(module.bias))
                 module.scale.fill_(0.5)
+    if modules:  # beside the same trunk
+        plain = build(convolution=convolution, moe=moe, layers=layers, num_streams=num_streams, seed=seed)
+        model.load_state_dict(plain.state_dict(), strict=False)
     return model
 
 
