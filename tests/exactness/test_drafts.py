@@ -61,7 +61,8 @@ def spied(monkeypatch):
     return calls
 
 
-def assert_from_scratch(model, calls, processor, skip=0):
+def assert_from_scratch(model, calls, processor, dead=slice(0, 0)):
+    """`dead`: the places of the prompt that are not of the last document."""
     assert calls[0][2] is None  # the trunk comes first
     compared = 0
     for given, candidates, logits in calls[1:]:
@@ -69,7 +70,8 @@ def assert_from_scratch(model, calls, processor, skip=0):
             continue
         assert torch.equal(candidates[:, : given.shape[1]], given)
         count = logits.shape[1]
-        expected = torch.stack(list(drafts_from_scratch(model, given[:, skip:], given, count, processor)), dim=1)
+        document = torch.cat([given[:, : dead.start], given[:, dead.stop :]], dim=1)
+        expected = torch.stack(list(drafts_from_scratch(model, document, given, count, processor)), dim=1)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
         assert torch.equal(candidates[:, given.shape[1] :], expected.argmax(-1))
         compared += count
@@ -124,17 +126,21 @@ def test_an_end_stops_it(modules, ids):
         assert torch.equal(drafted, stopped)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("num_streams", "modules"), [(1, 2), (4, 3)])
-def test_a_left_padded_prompt(num_streams, modules, ids, spied):
-    """What stands under padding reaches neither text nor drafts."""
+def test_a_padded_prompt(num_streams, modules, side, ids, spied):
+    """What stands under left padding reaches neither text nor drafts; at the right, it does not change the text."""
     model = build(num_streams=num_streams, modules=modules)
-    padded, mask = torch.zeros(1, 14, dtype=torch.long), torch.ones(1, 14, dtype=torch.long)
-    padded[:, 5:], mask[:, :5] = ids[:1, :9], 0
-    alone = generate(model, ids[:1, :9], processor=FewWords())
+    padded, mask = torch.full((1, 14), 3), torch.ones(1, 14, dtype=torch.long)
+    place, dead = (slice(5, 14), slice(0, 5)) if side == "left" else (slice(0, 9), slice(9, 14))
+    padded[:, place], mask[:, dead] = ids[:1, :9], 0
+    plain = generate(model, padded, processor=FewWords(), attention_mask=mask)
     spied.clear()
     drafted = generate(model, padded, processor=FewWords(), attention_mask=mask, use_mtp=True)
-    assert torch.equal(drafted[:, 5:], alone)
-    assert assert_from_scratch(model, spied, FewWords(), skip=5) > 10
+    assert torch.equal(drafted, plain)
+    if side == "left":
+        assert torch.equal(plain[:, 5:], generate(model, ids[:1, :9], processor=FewWords()))
+        assert assert_from_scratch(model, spied, FewWords(), dead) > 10
 
 
 def test_a_packed_prompt(ids, spied):
@@ -144,7 +150,7 @@ def test_a_packed_prompt(ids, spied):
     drafted = generate(model, ids[:1], processor=FewWords(), position_ids=positions, use_mtp=True)
     assert torch.equal(drafted[:, 10:], generate(model, ids[:1, 10:], processor=FewWords()))
     calls = [call for call in spied if call[0].shape[1] >= 24]
-    assert assert_from_scratch(model, calls, FewWords(), skip=10) > 10
+    assert assert_from_scratch(model, calls, FewWords(), dead=slice(0, 10)) > 10
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="5.17 feeds the cached tokens again")

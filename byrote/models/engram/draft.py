@@ -8,8 +8,9 @@ Module k at place i reads t_{i+k}. So its last k-1 places, P-k+1 .. P-1, rest on
 forgotten, accepted or not, and the next step computes them from true tokens: what is drafted is what a module without a
 cache would draft. For that, module k keeps the latents of places 0 .. P-k and the one input h^{k-1} at P-k+1.
 
-Only the current document matters: the dead and what came before it are left out, and places count from its start. A
-prompt whose beginning is in the cache already is not seen by the modules; drafts are then worse, never wrong.
+Only the current document matters: what came before it, left padding too, is left out, and places count from its start.
+Where the modules do not see all of a document as it is (its beginning is in the cache already, the prompt is padded at
+the right) drafts are worse, never wrong.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class Drafter(CandidateGenerator):
     def get_candidates(  # type: ignore[override]
         self,
         input_ids: Tensor,
-        model_kwargs: dict[str, Any] | None = None,
         model_outputs: Any = None,
         is_first_iteration: bool = False,
         n_last_matches: int = 0,
@@ -110,7 +110,7 @@ class Drafter(CandidateGenerator):
         self.offered = 0
         if is_first_iteration or input_ids.shape[0] > 1:
             return input_ids, None  # the trunk has to come first; more rows are refused by the caller
-        streams = self._advance(input_ids, model_kwargs or {}, model_outputs, int(n_last_matches))
+        streams = self._advance(input_ids, model_outputs, int(n_last_matches))
         drafts, logits = self._draft(input_ids, streams, room)
         self.offered = len(drafts)
         if not drafts:
@@ -122,7 +122,7 @@ class Drafter(CandidateGenerator):
         self.counts.drafted += self.offered
         self.counts.accepted += int(num_matches)
 
-    def _advance(self, input_ids: Tensor, model_kwargs: dict[str, Any], outputs: Any, matches: int) -> Tensor:
+    def _advance(self, input_ids: Tensor, outputs: Any, matches: int) -> Tensor:
         """Take note of the tokens that are true now; the trunk's streams at the new places."""
         streams: Tensor = outputs.streams
         if self.ids is not None:
@@ -133,9 +133,6 @@ class Drafter(CandidateGenerator):
         processed = input_ids.shape[1] - 1
         slots = torch.arange(processed - streams.shape[1], processed, device=input_ids.device)
         present = slots >= state.tails["document"][0, 0].to(slots.device)
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None:
-            present &= mask[0, slots].bool()
         self.ids = torch.cat([input_ids[:, slots[present]], input_ids[:, -1:]], dim=1)
         return streams[:, present.to(streams.device)]
 
