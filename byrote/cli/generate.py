@@ -1,9 +1,16 @@
 """`byrote generate`: continue a prompt."""
 
+import time
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+class Draft(StrEnum):
+    none = "none"
+    mtp = "mtp"
 
 
 def generate(
@@ -14,6 +21,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    draft: Annotated[Draft, typer.Option(help="mtp: let the model's prediction modules draft.")] = Draft.none,
 ) -> None:
     """Continue a prompt with a trained model."""
     if max_tokens < 1:
@@ -24,13 +32,31 @@ def generate(
     from transformers import TextStreamer
 
     from byrote.cli.models import load
+    from byrote.models.engram import EngramForCausalLM
 
     model, tokenizer = load(folder)
+    drafting = draft == Draft.mtp
+    if drafting and not (isinstance(model, EngramForCausalLM) and model.model.mtp):
+        raise ValueError(
+            f"--draft mtp: {folder} has no modules that predict further tokens; train a model with "
+            "model.num_nextn_predict_layers=1, as recipes/tiny-mtp.toml does, or leave --draft out"
+        )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(seed)
-    sampling = {} if greedy else {"temperature": temperature}
+    sampling: dict[str, Any] = {} if greedy else {"temperature": temperature}
     shown = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    if drafting:
+        sampling["use_mtp"] = True
+    began = time.perf_counter()
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=not greedy, streamer=shown, **sampling)
+    seconds = time.perf_counter() - began
     if not stream:
         typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+    if drafting:
+        counts, new = model.drafts, output.shape[1] - inputs["input_ids"].shape[1]
+        share = counts.accepted / max(1, counts.drafted)
+        typer.echo(
+            f"drafts: {counts.accepted} of {counts.drafted} accepted ({share:.0%}), "
+            f"{new / counts.forwards:.2f} tokens a forward, {new / seconds:.1f} tokens/s"
+        )

@@ -44,8 +44,11 @@ def info(
 
 def _parameters(model: Any) -> Table:
     sizes = dict.fromkeys([*PARTS, "other"], 0)
+    further = 0
     for name, parameter in model.named_parameters():
-        if not name.endswith(".anchor"):
+        if ".mtp." in name:
+            further += parameter.numel()
+        elif not name.endswith(".anchor"):
             part = next((part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other")
             sizes[part] += parameter.numel()
     table = Table("parameters", box=None, pad_edge=False)
@@ -54,6 +57,8 @@ def _parameters(model: Any) -> Table:
         if size:
             table.add_row(part, f"{size:,}")
     table.add_row("all but tables", f"{sum(sizes.values()):,}", style="bold")
+    if further:
+        table.add_row("apart: multi-token prediction", f"{further:,}")
     return table
 
 
@@ -70,8 +75,9 @@ def _engram(console: Console, model: Any) -> None:
         console.print(table)
         console.print(f"addresses: {memories.spec.contract}, digest {memories.spec.digest}", soft_wrap=True)
     counts = count(model.config)
+    apart = f", in prediction modules, apart, {counts.prediction:,}" if counts.prediction else ""
     console.print(
-        f"total {counts.total:,}, active per token {counts.active:,}, in tables {counts.table:,}; "
+        f"total {counts.total:,}, active per token {counts.active:,}, in tables {counts.table:,}{apart}; "
         f"training FLOPs per token {counts.flops_per_token:,}",
         highlight=False,
     )

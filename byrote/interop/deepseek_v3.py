@@ -5,9 +5,12 @@ checkpoints hold one tensor per expert and projection; ours are stacked, the gat
 
     model.layers.L.mlp.experts.E.gate_proj.weight [w, d]  =  layers.L.experts.experts.gate_up[E, :w]
 
-Import also takes the stacked tensors that transformers 5 holds in memory. Ignored: multi-token-prediction modules,
-which are layers behind the last (`model.layers.61` of DeepSeek-V3), and stored rotary frequencies. Any other name that
-is not in the table, and any that is missing, is an error. Configs: byrote/interop/deepseek_v3_config.py.
+Import also takes the stacked tensors that transformers 5 holds in memory. Modules of multi-token prediction are layers
+behind the last (`model.layers.61` of DeepSeek-V3), with copies of embedding and head: we write these, and refuse to
+read others than the main model's. If the first of these layers is not there, as in what transformers writes, the model
+gets none, whatever its config says; what lies behind the modules of the config is ignored, as are stored rotary
+frequencies. Any other name that is not in the table, and any that is missing, is an error. Configs:
+byrote/interop/deepseek_v3_config.py.
 
 Left out: fp8 weights with block scales (convert them first), downloads, tokenizers (copy the files).
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +29,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, GenerationConfig
 
 from byrote.interop.deepseek_v3_config import from_deepseek_v3_config, to_deepseek_v3_config
-from byrote.interop.shards import read_shards, write_shards
+from byrote.interop.shards import read_names, read_shards, write_shards
 from byrote.models.engram import EngramConfig, EngramForCausalLM
 
 ATTENTION = {
@@ -39,6 +42,8 @@ ATTENTION = {
     "kv_b_proj": "kv_b_proj",
     "o_proj": "o_proj",
 }
+MODULE = {"enorm": "embed_norm", "hnorm": "hidden_norm", "eh_proj": "project", "shared_head.norm": "norm"}
+COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 MEMORY = re.compile(r"model\.memories\.|model\.layers\.\d+\.memory\.")
 IGNORED = re.compile(r".*rotary_emb\.inv_freq$|model\.layers\.(\d+)\.")
 
@@ -58,22 +63,43 @@ class Place(NamedTuple):
 def places(config: EngramConfig) -> dict[str, Place]:
     """Released name -> place, for every tensor of a backbone with this config."""
     found = {"model.embed_tokens.weight": Place("model.embed_tokens.weight")}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        found[f"{prefix}input_layernorm.weight"] = Place(f"{prefix}attention_norm.weight")
-        for theirs, ours in ATTENTION.items():
-            if theirs.startswith("q_") and (theirs == "q_proj") != (config.q_lora_rank is None):
+    for theirs, ours, layer in _blocks(config):
+        found[f"{theirs}input_layernorm.weight"] = Place(f"{ours}attention_norm.weight")
+        for name, our_name in ATTENTION.items():
+            if name.startswith("q_") and (name == "q_proj") != (config.q_lora_rank is None):
                 continue
-            found[f"{prefix}self_attn.{theirs}.weight"] = Place(f"{prefix}attention.{ours}.weight")
-        found[f"{prefix}post_attention_layernorm.weight"] = Place(f"{prefix}experts_norm.weight")
-        if layer < config.first_k_dense_replace:
-            found |= _mlp(f"{prefix}mlp.", f"{prefix}experts.")
+            found[f"{theirs}self_attn.{name}.weight"] = Place(f"{ours}attention.{our_name}.weight")
+        found[f"{theirs}post_attention_layernorm.weight"] = Place(f"{ours}experts_norm.weight")
+        if _is_dense(config, layer):
+            found |= _mlp(f"{theirs}mlp.", f"{ours}experts.")
         else:
-            found |= _experts(config, f"{prefix}mlp.", f"{prefix}experts.")
+            found |= _experts(config, f"{theirs}mlp.", f"{ours}experts.")
+    for k in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + k}."
+        found |= {f"{prefix}{name}.weight": Place(f"model.mtp.{k}.{ours}.weight") for name, ours in MODULE.items()}
     found["model.norm.weight"] = Place("model.norm.weight")
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = Place("lm_head.weight")
     return found
+
+
+def _blocks(config: EngramConfig) -> Iterator[tuple[str, str, int]]:
+    """(released prefix, our prefix, layer id) of the trunk's blocks and of the prediction modules'."""
+    for layer in range(config.num_hidden_layers):
+        yield f"model.layers.{layer}.", f"model.layers.{layer}.", layer
+    for k in range(config.num_nextn_predict_layers):
+        layer = config.num_hidden_layers + k
+        yield f"model.layers.{layer}.", f"model.mtp.{k}.block.", layer
+
+
+def _is_dense(config: EngramConfig, layer: int) -> bool:
+    return min(layer, config.num_hidden_layers - 1) < config.first_k_dense_replace
+
+
+def _copies(config: EngramConfig) -> dict[str, str]:
+    """Released names in the prediction modules -> the weight of ours that they are copies of."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return {f"model.layers.{layer}.{theirs}": ours for layer in layers for theirs, ours in COPIES.items()}
 
 
 def _mlp(theirs: str, ours: str) -> dict[str, Place]:
@@ -99,9 +125,10 @@ def _experts(config: EngramConfig, theirs: str, ours: str) -> dict[str, Place]:
 
 def _stacked(config: EngramConfig) -> dict[str, Place]:
     return {
-        f"model.layers.{layer}.mlp.experts.{theirs}_proj": Place(f"model.layers.{layer}.experts.experts.{theirs}")
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
-        for theirs in ("gate_up", "down")
+        f"{theirs}mlp.experts.{name}_proj": Place(f"{ours}experts.experts.{name}")
+        for theirs, ours, layer in _blocks(config)
+        if not _is_dense(config, layer)
+        for name in ("gate_up", "down")
     }
 
 
@@ -114,7 +141,8 @@ def to_deepseek_v3(model: EngramForCausalLM, *, backbone_only: bool = False) -> 
         left -= {"lm_head.weight"}
     if unknown := sorted(name for name in left if not MEMORY.match(name)):
         raise ValueError(f"{unknown[0]} and {len(unknown) - 1} more have no name in a DeepSeek-V3 checkpoint")
-    return {name: place.of(state[place.name]) for name, place in table.items()}
+    tensors = {name: place.of(state[place.name]) for name, place in table.items()}
+    return tensors | {theirs: state[ours] for theirs, ours in _copies(model.config).items()}
 
 
 @torch.no_grad()
@@ -122,15 +150,19 @@ def from_deepseek_v3(model: EngramForCausalLM, tensors: Iterable[tuple[str, Tens
     """Copy released tensors into the model, one after the other, in any order; ValueError unless all are there."""
     state, table = model.state_dict(), places(model.config)
     known = table | _stacked(model.config)
+    layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
     filled = dict.fromkeys((place.name for place in table.values()), 0)
-    head = None
+    copies = _copies(model.config)
+    if model.config.tie_word_embeddings:  # some tied checkpoints store it nevertheless
+        copies["lm_head.weight"] = "model.embed_tokens.weight"
+    stored: dict[str, Tensor] = {}
     for name, tensor in tensors:
         place = known.get(name)
-        if place is None and name == "lm_head.weight":  # some tied checkpoints store it nevertheless
-            head = tensor
+        if name in copies:
+            stored[name] = tensor
         elif place is None:
             found = IGNORED.match(name)
-            if not found or (found[1] and int(found[1]) < model.config.num_hidden_layers):
+            if not found or (found[1] and int(found[1]) < layers):
                 raise ValueError(f"{name} is no tensor of a DeepSeek-V3 checkpoint with this config: check config.json")
         else:
             target = place.of(state[place.name])
@@ -142,10 +174,23 @@ def from_deepseek_v3(model: EngramForCausalLM, tensors: Iterable[tuple[str, Tens
             filled[place.name] += tensor.numel()
     missing = [name for name, place in table.items() if filled[place.name] != state[place.name].numel()]
     if missing:
+        found = IGNORED.match(missing[0])
+        if found and found[1] and int(found[1]) >= model.config.num_hidden_layers:
+            raise ValueError(
+                f"{missing[0]} or its neighbors are missing: the prediction modules are not all here, as in what "
+                "transformers has in memory; set num_nextn_predict_layers to 0 to import the model without them"
+            )
         raise ValueError(f"{missing[0]} or its neighbors are missing ({len(missing)} names): copy all of the shards")
-    if head is not None and not torch.equal(head.to(state["lm_head.weight"]), state["model.embed_tokens.weight"]):
+    for name, tensor in stored.items():
+        if torch.equal(tensor.to(state[copies[name]]), state[copies[name]]):
+            continue
+        if name == "lm_head.weight":
+            raise ValueError(
+                "lm_head.weight is not the embedding, but config.json says tie_word_embeddings: set it to false"
+            )
         raise ValueError(
-            "lm_head.weight is not the embedding, but config.json says tie_word_embeddings: set it to false"
+            f"{name} is not {copies[name]}, and byrote's prediction modules share it: set num_nextn_predict_layers "
+            "to 0 in config.json to import the model without them"
         )
 
 
@@ -172,7 +217,7 @@ def save_deepseek_v3(
 def load_deepseek_v3(folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> EngramForCausalLM:
     """The model of a DeepseekV3 folder, without memories. `dtype`: the config's unless given.
 
-    Beside the model no more than one tensor is in memory.
+    Beside the model no more than one tensor is in memory, and the modules' copies of embedding and head.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -181,6 +226,8 @@ def load_deepseek_v3(folder: str | PathLike[str], *, dtype: torch.dtype | None =
     if model_type != "deepseek_v3":
         raise ValueError(f"{model_type=} in {folder}: give the folder of a DeepseekV3 checkpoint")
     theirs = DeepseekV3Config.from_pretrained(folder)
+    if not any(name.startswith(f"model.layers.{theirs.num_hidden_layers}.") for name in read_names(folder)):
+        theirs.num_nextn_predict_layers = 0
     config = from_deepseek_v3_config(theirs)
     kind = dtype or config.dtype or torch.float32
     assert isinstance(kind, torch.dtype)

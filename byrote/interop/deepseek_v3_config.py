@@ -1,7 +1,7 @@
 """EngramConfig without memories <-> DeepseekV3Config.
 
 What would change a logit and cannot be said on the other side is refused; what changes none is left out (dropout,
-multi-token-prediction modules, auxiliary losses, caches). Facts behind the refusals, from DeepSeek's released code:
+auxiliary losses, caches). Facts behind the refusals, from DeepSeek's released code:
 
 - The norms of the latents have eps 1e-6, whatever `rms_norm_eps` says; ours have `rms_norm_eps`.
 - The temperature of YaRN stands on the softmax scale alone, which is so when mscale and mscale_all_dim are equal.
@@ -23,6 +23,7 @@ SHARED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
+    "num_nextn_predict_layers",
     "num_attention_heads",
     "q_lora_rank",
     "kv_lora_rank",
@@ -76,6 +77,12 @@ def to_deepseek_v3_config(config: EngramConfig, *, backbone_only: bool = False) 
             f"moe_intermediate_size={config.moe_intermediate_size}, and DeepSeek-V3 counts shared experts: "
             "train a model with a multiple of it"
         )
+    if config.num_nextn_predict_layers and config.first_k_dense_replace == config.num_hidden_layers:
+        raise ValueError(
+            f"num_nextn_predict_layers={config.num_nextn_predict_layers} with first_k_dense_replace="
+            f"{config.first_k_dense_replace}, all blocks: the prediction modules of DeepSeek-V3 have experts, these "
+            "have none; train a model with experts in its last block, or without modules"
+        )
     _check_common(config)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if yarn := config.yarn_parameters:
@@ -91,7 +98,7 @@ def to_deepseek_v3_config(config: EngramConfig, *, backbone_only: bool = False) 
         }
     fields: dict[str, Any] = {field: getattr(config, field) for field in SHARED} | FIXED
     fields |= {"num_key_value_heads": config.num_attention_heads, "n_shared_experts": shared}
-    fields |= {"num_nextn_predict_layers": 0, "rope_parameters": rope}
+    fields |= {"rope_parameters": rope}
     return DeepseekV3Config(**fields)
 
 
@@ -115,6 +122,7 @@ def from_deepseek_v3_config(config: DeepseekV3Config) -> EngramConfig:
     _check_common(config)
     fields = {field: getattr(config, field) for field in SHARED}
     fields |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
+    fields["num_nextn_predict_layers"] = config.num_nextn_predict_layers or 0
     fields["first_k_dense_replace"] = min(config.first_k_dense_replace or 0, config.num_hidden_layers)
     return EngramConfig(
         **fields,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +20,18 @@ INDEX = f"{WHOLE}.index.json"
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder with its name, in the order of the files; no other one is held."""
+    for shard in _open_shards(folder):
+        for name in shard.keys():  # noqa: SIM118  a shard is no dict
+            yield name, shard.get_tensor(name)
+
+
+def read_names(folder: Path) -> Iterator[str]:
+    """The names alone."""
+    for shard in _open_shards(folder):
+        yield from shard.keys()
+
+
+def _open_shards(folder: Path) -> Iterator[Any]:
     if (folder / INDEX).exists():
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     elif (folder / WHOLE).exists():
@@ -28,8 +41,7 @@ def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in (folder / file for file in files):
         try:
             with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  a shard is no dict
-                    yield name, shard.get_tensor(name)
+                yield shard
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): copy it again, with all shards") from error
 

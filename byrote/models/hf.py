@@ -5,6 +5,8 @@
 - `_prepare_cache_for_generation` appends the layer before the first forward, so that `activate_past_recording`,
   which assisted decoding calls right after, reaches it;
 - `create_masks_for_generate` keeps the attention mask [B, S]: the model builds its own, with document boundaries;
+- `_get_candidate_generator` answers `use_mtp=True` with the model's own drafter, which works on the modules in memory
+  (transformers' would build new ones and read their weights again), and keeps what it counts in `model.drafts`;
 - `_valid_auto_compile_criteria` keeps `generate` from compiling a forward that reads tables and looks at lengths.
 """
 
@@ -15,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation import LogitsProcessorList
 
 from byrote.memory.state import MemoryState
 
@@ -24,6 +27,25 @@ class MemoryGenerationMixin(GenerationMixin):
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         raise NotImplementedError
+
+    def make_drafter(self, generation_config: GenerationConfig, logits_processor: LogitsProcessorList) -> Any:
+        """A transformers CandidateGenerator with `counts` of what it drafted."""
+        raise NotImplementedError
+
+    def _get_candidate_generator(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        logits_processor: LogitsProcessorList,
+        **kwargs: Any,
+    ) -> Any:
+        if not generation_config.use_mtp:
+            return super()._get_candidate_generator(  # type: ignore[misc]
+                generation_config, *args, logits_processor=logits_processor, **kwargs
+            )
+        drafter = self.make_drafter(generation_config=generation_config, logits_processor=logits_processor)
+        self.drafts = drafter.counts
+        return drafter
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -63,6 +63,8 @@ class TrainRecipe:
     final_rate: float = 0.1  # of cosine and wsd, as a share of learning_rate
     step_at: tuple[float, ...] = (0.8, 0.9)  # of step: where the rate falls, as shares of the steps
     step_shares: tuple[float, ...] = (0.316, 0.1)  # of step: to what, as shares of learning_rate
+    mtp_weights: tuple[float, ...] = (0.3, 0.1)  # of the loss of prediction modules, if the model has any
+    mtp_weight_at: tuple[float, ...] = (0.68,)  # where the weight changes, as shares of the steps
     decay: float = 0.2  # of wsd: the share of the steps, the last ones, in which the rate falls
     precision: str = "float32"  # or "bfloat16": autocast
     gradient_checkpointing: bool = False
@@ -102,13 +104,22 @@ class TrainRecipe:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"train.decay is {self.decay}; it is a share of the steps, from 0 to 1")
-        if list(self.step_at) != sorted(self.step_at) or not all(0 <= at <= 1 for at in self.step_at):
-            raise ValueError(f"train.step_at is {self.step_at}; give ascending shares of the steps, such as [0.8, 0.9]")
+        for name, example in {"step_at": "[0.8, 0.9]", "mtp_weight_at": "[0.68]"}.items():
+            shares = getattr(self, name)
+            if list(shares) != sorted(shares) or not all(0 <= at <= 1 for at in shares):
+                raise ValueError(f"train.{name} is {shares}; give ascending shares of the steps, such as {example}")
         if len(self.step_shares) != len(self.step_at):
             raise ValueError(
                 f"train.step_shares has {len(self.step_shares)} entries and train.step_at {len(self.step_at)}; "
                 "give a share of the rate for each place where it falls"
             )
+        if len(self.mtp_weights) != len(self.mtp_weight_at) + 1:
+            raise ValueError(
+                f"train.mtp_weights has {len(self.mtp_weights)} entries and train.mtp_weight_at "
+                f"{len(self.mtp_weight_at)}; give a weight to begin with and one for each place where it changes"
+            )
+        if min(self.mtp_weights) < 0:
+            raise ValueError(f"train.mtp_weights is {self.mtp_weights}; a weight is 0 or more")
 
 
 @dataclass(frozen=True)

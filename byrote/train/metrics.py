@@ -2,6 +2,9 @@
 
 {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "rows_touched", "max_violation"}
 {"step", "tokens", "seconds", "val_loss", "bits_per_byte"}
+
+"loss" is of the next token, and comparable with "val_loss"; a model with prediction modules has their loss, unweighted,
+as "mtp_loss" beside it.
 """
 
 import json

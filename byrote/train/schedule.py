@@ -9,6 +9,8 @@
 Percentages are of all steps, warmup included (DeepSeek LLM: of the training tokens). A warmup that is still going on
 when a decay would begin comes first. WSD (MiniCPM, 2404.06395) is published with several forms of decay; this is the
 straight line. The share multiplies the rate of every param group, so that groups keep their proportions (tables: 5x).
+
+The weight of the prediction modules' loss goes down by steps (V3 section 4.2: 0.3 for 10 of 14.8 T tokens, then 0.1).
 """
 
 import bisect
@@ -26,14 +28,22 @@ def share(step: int, recipe: TrainRecipe) -> float:
     if recipe.schedule == "constant":
         return 1.0
     if recipe.schedule == "step":
-        passed = bisect.bisect_right([round(at * recipe.steps) for at in recipe.step_at], step)
-        return (1.0, *recipe.step_shares)[passed]
+        return (1.0, *recipe.step_shares)[_passed(recipe.step_at, step, recipe.steps)]
     begin = recipe.warmup
     if recipe.schedule == "wsd":
         begin = max(begin, recipe.steps - round(recipe.decay * recipe.steps))
     progress = max(0, step - begin) / max(1, recipe.steps - begin) if step < recipe.steps else 1.0
     falling = (1 + math.cos(math.pi * progress)) / 2 if recipe.schedule == "cosine" else 1 - progress
     return recipe.final_rate + (1 - recipe.final_rate) * falling
+
+
+def mtp_weight(step: int, recipe: TrainRecipe) -> float:
+    return recipe.mtp_weights[_passed(recipe.mtp_weight_at, step, recipe.steps)]
+
+
+def _passed(places: tuple[float, ...], step: int, steps: int) -> int:
+    """How many of the places, shares of all steps, lie behind."""
+    return bisect.bisect_right([round(at * steps) for at in places], step)
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe) -> LambdaLR:

@@ -28,7 +28,7 @@ from byrote.train.checkpoint import load_training, random_states, restore_random
 from byrote.train.config import TrainRecipe
 from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.metrics import Metrics
-from byrote.train.schedule import schedule
+from byrote.train.schedule import mtp_weight, schedule
 from byrote.train.signals import Signals
 
 BUDGET = "the time budget ended"
@@ -72,6 +72,9 @@ class Trainer:
         self.validation, self.run, self.tokenizer, self.report = validation, run, tokenizer, report
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
+        config = model.config
+        # Other models' configs may name prediction modules too, but their forward knows no weight.
+        self.predicts = hasattr(config, "mtp_loss_weight") and config.num_nextn_predict_layers > 0
         self.schedule = schedule(optimizer, recipe)
         self.step, self.seconds = 0, 0.0
         self.signals = Signals()
@@ -150,22 +153,28 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(facts)
         items, stopped, overdue = facts.tolist()
-        loss = torch.zeros((), device=self.device)
+        total, further = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        weight = {"mtp_loss_weight": mtp_weight(self.step, self.recipe)} if self.predicts else {}
         parts = self._micro_batches(batch)
         for i, part in enumerate(parts):
             with self._no_exchange() if i < len(parts) - 1 else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                     # Without a cache: given one, Hugging Face models do not keep packed documents apart.
-                    outputs = self.parallel(**part, num_items_in_batch=items / self.world, use_cache=False)
+                    outputs = self.parallel(**part, num_items_in_batch=items / self.world, use_cache=False, **weight)
                 outputs.loss.backward()
-            loss += outputs.loss.detach()
+            total += outputs.loss.detach()
+            if self.predicts:
+                further += outputs.mtp_loss
+                total -= weight["mtp_loss_weight"] * outputs.mtp_loss
+        losses = torch.stack([total, further])
         if self.world > 1:
-            dist.all_reduce(loss)
+            dist.all_reduce(losses)
+        loss, mtp_loss = (losses / self.world).tolist()
         clip = self.recipe.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         if not math.isfinite(norm):
             raise ValueError(
-                f"the gradient is not finite at step {self.step + 1} (loss {float(loss) / self.world:.4g}); "
+                f"the gradient is not finite at step {self.step + 1} (loss {loss:.4g}); "
                 "lower train.learning_rate, or raise train.warmup, and start from an earlier checkpoint"
             )
         rates = self.schedule.get_last_lr()
@@ -175,7 +184,7 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - began
         self.seconds += took
-        self._log(float(loss) / self.world, float(rates[0]), norm, took)
+        self._log(loss, mtp_loss, float(rates[0]), norm, took)
         return (self.signals.noted or "a signal") if stopped else BUDGET if overdue else ""
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -192,11 +201,13 @@ class Trainer:
     def _overdue(self) -> bool:
         return 0 < self.recipe.max_seconds < self.seconds
 
-    def _log(self, loss: float, rate: float, norm: float, took: float) -> None:
+    def _log(self, loss: float, mtp_loss: float, rate: float, norm: float, took: float) -> None:
         if self.rank:
             return
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         record |= {"loss": loss, "lr": rate, "grad_norm": norm}
+        if self.predicts:
+            record["mtp_loss"] = mtp_loss
         packer = self.loader.packer
         record["tokens_per_second"] = round(packer.batch_size * packer.length / took, 1)
         for name in ("rows_touched", "max_violation"):

@@ -4,6 +4,7 @@ line.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,28 @@ def test_gates_and_info(place, tmp_path):
     assert "hidden_size" not in run("info", place / "run")
 
 
+def test_generate_with_drafts(place, tmp_path):
+    out = tmp_path / "run"
+    run("train", ROOT / "recipes/nano.toml", *settings(place), "model.num_nextn_predict_layers=2", "--out", out)
+    plain = run("generate", out, "the memory", "--greedy", "--max-tokens", "30")
+    for stream in ("--stream", "--no-stream"):
+        drafted = run("generate", out, "the memory", "--greedy", "--max-tokens", "30", "--draft", "mtp", stream)
+        text, line = drafted.rstrip("\n").rsplit("\n", 1)
+        assert text == plain.rstrip("\n") and "drafts" not in plain
+        found = re.fullmatch(
+            r"drafts: (\d+) of (\d+) accepted \(\d+%\), ([\d.]+) tokens a forward, [\d.]+ tokens/s", line
+        )
+        assert found and int(found[1]) <= int(found[2]) and 1 <= float(found[3]) <= 3
+    sampled = [run("generate", out, "the", "--draft", "mtp", "--seed", seed).splitlines()[0] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    output = " ".join(run("info", out).split())
+    assert "apart: multi-token prediction" in output and "in prediction modules, apart" in output
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(("mtp_loss" in record) == ("loss" in record) for record in records)
+    assert "recipes/tiny-mtp.toml" in run("generate", place / "run", "x", "--draft", "mtp", code=2)
+    assert "prediction" not in run("info", place / "run")
+
+
 def test_errors_are_one_line_and_status_2(place, tmp_path):
     recipe = ROOT / "recipes/nano.toml"
     assert run("train", recipe, "model.hiden_size=3", code=2).startswith("error: unknown key model.hiden_size: did you")
@@ -186,9 +209,9 @@ def test_demo_recipes_are_one_comparison():
 
 
 def test_sizes_are_compared():
-    first = Counts(1000, 500, 0, 0, 1)
-    demo.check_sizes({"a": first, "b": Counts(1010, 510, 0, 0, 1)})
+    first = Counts(1000, 500, 0, 0, 0, 1)
+    demo.check_sizes({"a": first, "b": Counts(1010, 510, 0, 0, 0, 1)})
     with pytest.raises(ValueError, match=r"total parameters differ by 1\.1%"):
-        demo.check_sizes({"a": first, "b": Counts(1011, 500, 0, 0, 1)})
+        demo.check_sizes({"a": first, "b": Counts(1011, 500, 0, 0, 0, 1)})
     with pytest.raises(ValueError, match=r"active parameters differ by 2\.2%"):
-        demo.check_sizes({"a": first, "b": Counts(1000, 511, 0, 0, 1)})
+        demo.check_sizes({"a": first, "b": Counts(1000, 511, 0, 0, 0, 1)})

@@ -20,6 +20,7 @@ def build(
     layers: int = 2,
     num_streams: int = 1,
     memory_fusion: str = "streams",
+    modules: int = 0,
     seed: int = 0,
 ) -> EngramForCausalLM:
     torch.manual_seed(seed)
@@ -30,6 +31,7 @@ def build(
         num_hidden_layers=3,
         num_streams=num_streams,
         memory_fusion=memory_fusion,
+        num_nextn_predict_layers=modules,
         memory_layers=[1] if layers == 1 else [0, 2],
         memory_table_sizes=[101, 211],
         memory_kernel_size=4 if convolution else 0,
@@ -54,6 +56,9 @@ def build(
                 module.weight.normal_(0, 0.1)
                 module.bias.add_(0.5 * torch.randn_like(module.bias))
                 module.scale.fill_(0.5)
+    if modules:  # beside the same trunk
+        plain = build(convolution=convolution, moe=moe, layers=layers, num_streams=num_streams, seed=seed)
+        model.load_state_dict(plain.state_dict(), strict=False)
     return model
 
 
@@ -97,14 +102,14 @@ def moe(request):
     return request.param
 
 
-SHAPES = {"one_layer": (1, 1), "two_layers": (2, 1), "four_streams": (2, 4)}
+SHAPES = {"one_layer": (1, 1, 1), "two_layers": (2, 1, 0), "four_streams": (2, 4, 2)}
 
 
 @pytest.fixture(params=SHAPES)
 def shape(request):
-    """Memory layers and streams."""
-    layers, num_streams = SHAPES[request.param]
-    return {"layers": layers, "num_streams": num_streams}
+    """Memory layers, streams, and modules of multi-token prediction."""
+    layers, num_streams, modules = SHAPES[request.param]
+    return {"layers": layers, "num_streams": num_streams, "modules": modules}
 
 
 @pytest.fixture

@@ -73,15 +73,31 @@ def test_accumulation(alpha, muon):
     assert_same_state(whole, parts, 5e-6 if muon else 1e-6)
 
 
-def test_accumulation_over_four_streams():
+def test_accumulation_over_four_streams_with_modules():
     ids, labels = batch()
-    whole = train(make(num_streams=4), [(ids, labels)], eps=1e-5)
-    parts = train(make(num_streams=4), micro_batches(ids, labels, 1), eps=1e-5)
+    settings = {"num_streams": 4, "num_nextn_predict_layers": 2}
+    whole = train(make(**settings), [(ids, labels)], eps=1e-5)
+    parts = train(make(**settings), micro_batches(ids, labels, 1), eps=1e-5)
     assert_same_state(whole, parts, 1e-6)
 
 
+CHECKPOINTED = (
+    {"num_nextn_predict_layers": 1},
+    {"num_streams": 4, "num_nextn_predict_layers": 2},
+    {"num_streams": 4, "stream_connection": "hc"},
+)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"num_streams": 4}, {"num_streams": 4, "stream_connection": "hc"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_nextn_predict_layers": 1},
+        {"num_streams": 4},
+        {"num_streams": 4, "stream_connection": "hc"},
+        {"num_streams": 4, "num_nextn_predict_layers": 2},
+    ],
+)
 def test_gradient_checkpointing(use_reentrant, settings):
     ids, labels = batch()
     plain = train(make(**settings), [(ids, labels)], steps=2)
@@ -93,7 +109,8 @@ def test_gradient_checkpointing(use_reentrant, settings):
             record = module.record
             module.record = lambda counts, record=record: (loads.append(counts), record(counts))[-1]
     assert_same_state(train(model, [(ids, labels)], steps=2), plain, 0)
-    assert len(loads) == 2 * 3  # two steps, three routers: the recomputation is not counted
+    routers = 3 + settings.get("num_nextn_predict_layers", 0)
+    assert len(loads) == 2 * routers  # two steps: the recomputation is not counted
 
 
 def test_two_forwards_before_one_backward():
@@ -154,7 +171,7 @@ def test_resume_is_uninterrupted(tmp_path, dtype, num_streams, muon):
             optimizer.step()
             optimizer.zero_grad()
 
-    model = make(num_streams=num_streams).to(dtype)
+    model = make(num_streams=num_streams, num_nextn_predict_layers=1).to(dtype)
     optimizer = Optimizer(model, muon=muon)
     steps(model, optimizer, 3)
     model.save_pretrained(tmp_path)

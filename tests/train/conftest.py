@@ -28,7 +28,7 @@ def options(folder: Path) -> Options:
 
 @pytest.fixture
 def make_recipe(corpus):
-    def make(**train) -> Recipe:
+    def make(model=None, **train) -> Recipe:
         settings = {
             "steps": 9,
             "batch_size": 8,
@@ -43,6 +43,8 @@ def make_recipe(corpus):
             "folder": str(corpus / "prepared"),
             "length": 24,
         }
-        return Recipe.from_dict({"model": {"preset": "nano"}, "data": data, "train": {**settings, **train}})
+        return Recipe.from_dict(
+            {"model": {"preset": "nano", **(model or {})}, "data": data, "train": {**settings, **train}}
+        )
 
     return make

@@ -18,8 +18,8 @@ KINDS = pytest.mark.parametrize("kind", ["train", "muon"])
 
 def make() -> EngramForCausalLM:
     torch.manual_seed(0)
-    config = EngramConfig.from_preset("nano", vocab_size=64, memory_layers=MEMORY_LAYERS, router_bias_update_rate=0.01)
-    return EngramForCausalLM(config).train()
+    settings = {"vocab_size": 64, "memory_layers": MEMORY_LAYERS, "router_bias_update_rate": 0.01}
+    return EngramForCausalLM(EngramConfig.from_preset("nano", num_nextn_predict_layers=1, **settings)).train()
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

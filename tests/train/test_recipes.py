@@ -56,6 +56,9 @@ def test_load_override_and_save(path, tmp_path):
         ("train.decay=1.5", "train.decay is 1.5; it is a share of the steps"),
         ("train.step_at=[0.9, 0.8]", "give ascending shares of the steps"),
         ("train.step_at=[80, 90]", "give ascending shares of the steps"),
+        ("train.mtp_weight_at=[0.9, 0.8]", "train.mtp_weight_at is (0.9, 0.8); give ascending shares"),
+        ("train.mtp_weights=[0.3]", "train.mtp_weights has 1 entries and train.mtp_weight_at 1"),
+        ("train.mtp_weights=[0.3, -0.1]", "a weight is 0 or more"),
         ("train.step_at=[0.5]", "train.step_shares has 2 entries and train.step_at 1"),
     ],
 )

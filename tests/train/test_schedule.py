@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from byrote.train.config import TrainRecipe
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
-from byrote.train.schedule import schedule, share
+from byrote.train.schedule import mtp_weight, schedule, share
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")
 
@@ -112,3 +112,9 @@ def test_every_kind_follows(name):
         assert rates == pytest.approx({"adamw": share(step, recipe), "muon": 3 * share(step, recipe)})
         optimizer.step()
         moving.step()
+
+
+def test_the_weight_of_the_prediction_modules():
+    recipe = TrainRecipe(steps=100, mtp_weights=(0.3, 0.2, 0.0), mtp_weight_at=(0.5, 0.9))
+    assert [mtp_weight(step, recipe) for step in (0, 49, 50, 89, 90, 99)] == [0.3, 0.3, 0.2, 0.2, 0.0, 0.0]
+    assert [mtp_weight(step, TrainRecipe(steps=100)) for step in (67, 68)] == [0.3, 0.1]

@@ -68,7 +68,10 @@ def equal(a, b) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon", "schedule": "wsd"}], ids=["adamw", "muon"])
+MODULES = {"model": {"num_nextn_predict_layers": 2}, "mtp_weight_at": [0.67]}
+
+
+@pytest.mark.parametrize("settings", [MODULES, {"optimizer": "muon", "schedule": "wsd"}], ids=["modules", "muon"])
 def test_two_runs_are_bitwise_equal_and_a_resumed_one_too(train, tmp_path, settings):
     train("straight", checkpoint_every=5, keep=5, **settings)
     train("again", read_ahead=0, **settings)
@@ -84,6 +87,31 @@ def test_two_runs_are_bitwise_equal_and_a_resumed_one_too(train, tmp_path, setti
     for key in ("step", "loader", "optimizer", "schedule"):
         assert equal(first[key], second[key]), key
     assert any("row" in name or "table" in name for name in weights(tmp_path / "straight"))
+
+
+def test_the_weight_of_the_modules_loss_follows_the_recipe(train, tmp_path, monkeypatch):
+    seen, forward = [], EngramForCausalLM.forward
+
+    def spy(self, *args, **kwargs):
+        if self.training:
+            seen.append(kwargs.get("mtp_loss_weight"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(EngramForCausalLM, "forward", spy)
+    train("plain", steps=2)
+    assert seen == [None, None]
+    seen.clear()
+    train("modules", micro_batch_size=4, **MODULES)
+    assert seen == [0.3] * 12 + [0.1] * 6
+    train("whole", steps=1, **MODULES)
+    train("unweighted", steps=1, **MODULES, mtp_weights=[0.0, 0.0])
+    parts, whole, unweighted = (
+        read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("modules", "whole", "unweighted")
+    )
+    for key in ("loss", "mtp_loss"):  # both are logged without the weight, and however the batch is split
+        assert parts[key] == pytest.approx(whole[key], abs=1e-5) == pytest.approx(unweighted[key], abs=1e-5)
+    assert parts["grad_norm"] > 1.01 * unweighted["grad_norm"]
+    assert "mtp_loss" not in read_metrics(tmp_path / "plain/metrics.jsonl")[0]
 
 
 def test_ctrl_c_saves_and_the_resumed_run_equals_the_uninterrupted_one(train, make_recipe, corpus, tmp_path):

@@ -6,6 +6,9 @@ streams <- write(MoE(norm(x))),  likewise           (a dense SwiGLU in the first
 
 With memory_fusion "single" a memory is a sublayer like the others, streams <- write(Engram(x, rows)): the paper's
 ablation without multiple branches, which fuses one Engram into the hidden state behind the pre-mapping.
+
+Blocks behind the last one, from layer id num_hidden_layers on, belong to the modules of multi-token prediction
+(byrote.nn.mtp): without a memory, and with experts if the last block of the trunk has them.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ class EngramBlock(GradientCheckpointingLayer):
         self.experts_connection = _connection(config, 2 * layer_id + 1)
         self.experts_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         self.experts: MLP | DeepSeekMoE
-        if layer_id < config.first_k_dense_replace:
+        if min(layer_id, config.num_hidden_layers - 1) < config.first_k_dense_replace:
             self.experts = MLP(d, config.intermediate_size)
         else:
             self.experts = DeepSeekMoE(

@@ -16,6 +16,9 @@ Names are those of transformers' DeepseekV3Config where the thing is the same. F
     num_streams          residual streams; 1 is the plain residual
     stream_connection    with more: "mhc" (as DeepSeek-V4), "mhc_paper" or "hc"; see byrote.nn.hyper
 
+    num_nextn_predict_layers  modules for multi-token prediction; see byrote.nn.mtp
+    mtp_loss_weight      lambda: of their loss in training
+
 Row width times heads times orders is the paper's d_mem (table 5: 1280); the demo's `n_embed_per_ngram` is row width
 times heads.
 """
@@ -65,6 +68,8 @@ class EngramConfig(PreTrainedConfig):
         topk_group: int = 1,
         router_bias_update_rate: float = 0.001,
         balance_loss_alpha: float = 1e-4,
+        num_nextn_predict_layers: int = 0,
+        mtp_loss_weight: float = 0.3,
         memory_layers: list[int] | None = None,
         memory_contract: str = "engram",
         memory_table_sizes: list[int] | None = None,
@@ -116,6 +121,8 @@ class EngramConfig(PreTrainedConfig):
         self.topk_group = topk_group
         self.router_bias_update_rate = router_bias_update_rate
         self.balance_loss_alpha = balance_loss_alpha
+        self.num_nextn_predict_layers = num_nextn_predict_layers
+        self.mtp_loss_weight = mtp_loss_weight
         self.memory_layers = [] if memory_layers is None else list(memory_layers)
         self.memory_contract = memory_contract
         self.memory_table_sizes = [1024, 1024] if memory_table_sizes is None else list(memory_table_sizes)
@@ -241,6 +248,10 @@ class EngramConfig(PreTrainedConfig):
             refuse("qk_rope_head_dim", "must be even: rotary pairs")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             refuse("first_k_dense_replace", f"must lie in 0..num_hidden_layers={self.num_hidden_layers}")
+        if self.num_nextn_predict_layers < 0:
+            refuse("num_nextn_predict_layers", "0 for none, or how many tokens beyond the next one to predict")
+        if self.mtp_loss_weight < 0:
+            refuse("mtp_loss_weight", "0 or more; DeepSeek-V3 has 0.3, then 0.1")
         if sorted(set(self.memory_layers)) != self.memory_layers or any(
             not 0 <= layer < self.num_hidden_layers for layer in self.memory_layers
         ):

@@ -2,17 +2,21 @@
 
 input_ids -> Sequence (alive, document starts) -> tickets of all memories   (from ids alone, before block 0)
           -> embedding -> streams [B, T, n, d] -> blocks -> exit (one stream again) -> norm -> head
+                                                        -> in training: the prediction modules -> the same head
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.generation import LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from byrote.address.hashing import canonical_ids
@@ -22,11 +26,14 @@ from byrote.memory.sequence import NO_POSITION
 from byrote.memory.state import Field
 from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
+from byrote.models.engram.draft import Drafter
 from byrote.models.engram.inputs import check_ids, check_labels, check_places
+from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
 from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
 from byrote.nn.hyper import GatedExit, MeanExit
+from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.rope import rotary
 from byrote.tables import RamTable
 
@@ -39,10 +46,9 @@ class EngramModel(EngramPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.memories = self._make_memories(config, vocabulary)
         self.layers = nn.ModuleList([EngramBlock(config, i) for i in range(config.num_hidden_layers)])
-        gated = config.num_streams > 1 and config.stream_connection == "mhc"
-        sizes = config.hidden_size, config.num_streams
-        self.exit = GatedExit(*sizes, norm_eps=config.rms_norm_eps) if gated else MeanExit()
+        self.exit = _exit(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mtp = nn.ModuleList([_prediction_module(config, k) for k in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -88,6 +94,8 @@ class EngramModel(EngramPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_streams: bool = False,
+        predict: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
@@ -95,6 +103,8 @@ class EngramModel(EngramPreTrainedModel):
 
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
         `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
+        `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
+        all of the new tokens and return what each found, as `predictions`.
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -130,7 +140,7 @@ class EngramModel(EngramPreTrainedModel):
         )
         streams = embeddings.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
         hidden_states = [streams]
-        balance = []
+        balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
             cache = _attention_cache(past_key_values, i)
@@ -139,18 +149,41 @@ class EngramModel(EngramPreTrainedModel):
             hidden_states.append(streams)
             if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
-            if output.counts is not None:
-                layer.experts.router.record(output.counts)  # type: ignore[union-attr, operator]
-            if output.balance_loss is not None:
-                balance.append(output.balance_loss)
+            _record(layer, output, balance)
         result = BaseModelOutputWithPast(
             last_hidden_state=self.norm(self.exit(streams)),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
         )
+        if output_streams:
+            result["streams"] = streams
+        if predict:
+            result["predictions"] = self._predict(embeddings, streams, angles, mask, sequence, balance)
         if balance:
             result["balance_loss"] = torch.stack(balance).mean(dim=0)
         return result
+
+    def _predict(
+        self,
+        embeddings: Tensor,
+        streams: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        sequence: Sequence,
+        balance: list[Tensor],
+    ) -> list[Prediction]:
+        """What each module predicts at every token; it counts where the token k places on is of the same document."""
+        predictions = []
+        for k, module in enumerate(self.mtp, start=1):
+            known, aimed = (_same_document(sequence, steps) for steps in (k, k + 1))
+            # The mask is the trunk's: what a known place may see is known, for it lies before it in its document.
+            placed = replace(sequence, alive=known)
+            hidden, output = module(shift(embeddings, k), streams, angles, mask, placed)
+            output = BlockOutput(*output)
+            streams = output.streams
+            _record(module.block, output, balance)
+            predictions.append(Prediction(hidden, aimed))
+        return predictions
 
     def _place(
         self,
@@ -185,7 +218,9 @@ class EngramModel(EngramPreTrainedModel):
 
 
 class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
-    """The language model. loss = cross-entropy of the next token + alpha * sequence-wise balance loss."""
+    """The language model. loss = cross-entropy of the next token + alpha * sequence-wise balance loss; in training,
+    with prediction modules, + weight * their loss (byrote.nn.mtp), and `mtp_loss` of the output is that loss alone.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -197,6 +232,9 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return self.model.attach_memory_state(cache)
+
+    def make_drafter(self, generation_config: GenerationConfig, logits_processor: LogitsProcessorList) -> Drafter:
+        return Drafter(self, generation_config, logits_processor)
 
     @can_return_tuple
     def forward(
@@ -210,9 +248,15 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        mtp_loss_weight: float | None = None,
+        output_streams: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted."""
+    ) -> EngramOutput:
+        """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
+
+        `mtp_loss_weight`: the config's unless given.
+        """
+        predict = self.training and labels is not None and len(self.model.mtp) > 0
         check_labels(labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
@@ -222,25 +266,57 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None or use_cache is not None else False,
             output_hidden_states=kwargs.get("output_hidden_states"),
+            output_streams=output_streams,
+            predict=predict,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        loss, further = None, None
         if labels is not None:
+            items = (labels[:, 1:] != -100).sum(dim=1)
+            total = items.sum() if num_items_in_batch is None else num_items_in_batch
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
             if "balance_loss" in outputs:
                 # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
-                items = (labels[:, 1:] != -100).sum(dim=1)
-                total = items.sum() if num_items_in_batch is None else num_items_in_batch
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
-        return CausalLMOutputWithPast(
+            if predict:
+                weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
+                further = mtp_loss(self.lm_head, outputs["predictions"], labels, total)
+                loss = loss + weight * further
+        return EngramOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            mtp_loss=None if further is None else further.detach(),
+            streams=outputs.get("streams"),
         )
+
+
+def _exit(config: EngramConfig) -> GatedExit | MeanExit:
+    if config.num_streams > 1 and config.stream_connection == "mhc":
+        return GatedExit(config.hidden_size, config.num_streams, norm_eps=config.rms_norm_eps)
+    return MeanExit()
+
+
+def _prediction_module(config: EngramConfig, k: int) -> PredictionModule:
+    block = EngramBlock(config, config.num_hidden_layers + k)
+    return PredictionModule(config.hidden_size, block, _exit(config), eps=config.rms_norm_eps)
+
+
+def _record(block: Any, output: BlockOutput, balance: list[Tensor]) -> None:
+    if output.counts is not None:
+        block.experts.router.record(output.counts)
+    if output.balance_loss is not None:
+        balance.append(output.balance_loss)
+
+
+def _same_document(sequence: Sequence, steps: int) -> Tensor:
+    """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
+    alive = sequence.alive & shift(sequence.alive, steps, empty=False)
+    return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
 
 
 def _length(cache: Cache | None) -> int | Tensor:
