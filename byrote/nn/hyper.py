@@ -41,7 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byrote.nn.sinkhorn import sinkhorn, tokens_first
+from byrote.nn.mix import project, read, write
+from byrote.nn.sinkhorn import sinkhorn
 
 Write = Callable[[Tensor], Tensor]
 Copy = Callable[[Tensor, Tensor], Tensor]
@@ -81,22 +82,21 @@ class _Connection(nn.Module):
         """The biases of pre, post and H, flat."""
         raise NotImplementedError
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pre [B, T, n], post [B, T, n], H [B, T, n, n]."""
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """pre [N, n], post [N, n], H [N, n, n] of streams [N, n, d]; and the streams, for their gradient's sake."""
         raise NotImplementedError
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Write]:
-        exact = _at_least_float32(streams)
+        shape, dtype = streams.shape, streams.dtype
         with torch.autocast(streams.device.type, enabled=False):
-            pre, post, mix = self.coefficients(exact)
-            x = (pre.unsqueeze(-2) @ exact).squeeze(-2)
-        both = torch.cat([mix, post.unsqueeze(-1)], dim=-1)
+            pre, post, mix, exact = self.coefficients(_at_least_float32(streams).flatten(0, 1))
+            x, exact = read(exact, pre)
 
-        def write(y: Tensor) -> Tensor:
+        def write_back(y: Tensor) -> Tensor:
             with torch.autocast(streams.device.type, enabled=False):
-                return (both @ torch.cat([exact, y.to(exact.dtype).unsqueeze(2)], dim=2)).to(streams.dtype)
+                return write(exact, y.to(exact.dtype).flatten(0, 1), mix, post).view(shape).to(dtype)
 
-        return x.to(streams.dtype), write
+        return x.view(shape[0], shape[1], shape[3]).to(dtype), write_back
 
 
 class HyperConnection(_Connection):
@@ -108,16 +108,17 @@ class HyperConnection(_Connection):
         pre = torch.eye(n)[self.first]
         return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = self.num_streams
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
         moved = F.linear(F.rms_norm(streams, streams.shape[-1:], None, self.norm_eps), weight).tanh().mT
-        pre, post, mix = moved.split([1, 1, n], dim=-2)  # [B, T, coefficients, n]
+        pre, post, mix = moved.split([1, 1, n], dim=-2)  # [N, coefficients, n]
         pre_bias, post_bias, mix_bias = bias.split([n, n, n * n])
         return (
             scale[0] * pre.squeeze(-2) + pre_bias,
             scale[1] * post.squeeze(-2) + post_bias,
             scale[2] * mix + mix_bias.view(n, n),
+            streams,
         )
 
 
@@ -147,19 +148,18 @@ class ManifoldConnection(_Connection):
         mix = COLD * (torch.eye(n, dtype=torch.float64) - 1)
         return torch.cat([(closed - self.eps).logit(), torch.zeros(n), mix.flatten()]).float()
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = self.num_streams
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
-        z = _project(streams, weight, self.norm_eps)
-        pre, post, mix = z.split([n, n, n * n], dim=-1)
-        pre_bias, post_bias, mix_bias = bias.split([n, n, n * n])
-        pre = (pre * scale[0] + pre_bias).sigmoid() + self.eps
-        post = 2 * (post * scale[1] + post_bias).sigmoid()
-        logits = (mix * scale[2] + mix_bias).flatten(0, -2).T.unflatten(0, (n, n))
+        z, streams = project(streams, weight, self.norm_eps)
+        sizes = torch.tensor([n, n, n * n], device=scale.device)
+        z = torch.addcmul(bias, z, scale.repeat_interleave(sizes, output_size=len(bias)))
+        pre, post, logits = z.T.contiguous().split([n, n, n * n])  # tokens last, for whole vectors
+        logits = logits.unflatten(0, (n, n))
         if self.input_first:
             logits = logits.transpose(0, 1)
-        mix = sinkhorn(logits.contiguous(), iterations=self.iterations, eps=self.eps)
-        return pre, post, tokens_first(mix).unflatten(0, streams.shape[:-2])
+        mix = sinkhorn(logits, iterations=self.iterations, eps=self.eps).permute(2, 0, 1)
+        return (pre.sigmoid() + self.eps).T, 2 * post.sigmoid().T, mix, streams
 
 
 class MeanExit(nn.Module):
@@ -189,14 +189,9 @@ class GatedExit(nn.Module):
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
         exact = _at_least_float32(streams)
         with torch.autocast(streams.device.type, enabled=False):
-            shares = (_project(exact, weight, self.norm_eps) * scale + bias).sigmoid() + EPS
-            return (shares.unsqueeze(-2) @ exact).squeeze(-2).to(streams.dtype)
-
-
-def _project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight RMS(vec X), with the division after the product: it is one number a token."""
-    flat = streams.flatten(2)
-    return F.linear(flat, weight) * (flat.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+            z, exact = project(exact.flatten(0, 1), weight, self.norm_eps)
+            x, _ = read(exact, (z * scale + bias).sigmoid() + EPS)
+        return x.view(streams.shape[0], streams.shape[1], -1).to(streams.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ its matrix the other way round (rows before columns) and applies it transposed: 
 The worst difference that eps = 1e-6 makes is 2e-5 at standard deviation 1, 0.04 at 3, and 0.8 at 8, where it is more
 than some of the entries.
 
-Left out: the exact mix of n! permutations (2601.05732). `sinkhorn_slow` is the twin, one number at a time.
+Backward goes through the normalizations in reverse: of H' = H / s with s = sum H + eps, dH = (dH' - sum dH' H') / s.
+Written out, it is half of what autograd's own would cost. Twins: `plain_sinkhorn`, which autograd differentiates and a
+compiler sees, and `sinkhorn_slow`, one number at a time.
 """
 
 from __future__ import annotations
@@ -20,9 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:
+    if torch.compiler.is_compiling():
+        return plain_sinkhorn(logits, iterations=iterations, eps=eps)
+    return _Sinkhorn.apply(logits, iterations, eps)  # type: ignore[no-any-return]
+
+
+def plain_sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:
     mix = logits.softmax(dim=0) + eps
     mix = mix / (mix.sum(dim=1, keepdim=True) + eps)
     for _ in range(iterations - 1):
@@ -31,19 +40,34 @@ def sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tenso
     return mix
 
 
-def tokens_first(mix: Tensor) -> Tensor:
-    """[n, n, N] to [N, n, n]; the gradient comes back with tokens last in memory too, as the loop needs it."""
-    return _TokensFirst.apply(mix)  # type: ignore[no-any-return]
-
-
-class _TokensFirst(torch.autograd.Function):
+class _Sinkhorn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mix: Tensor) -> Tensor:
-        return mix.permute(2, 0, 1).contiguous()
+    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        shares = logits.softmax(dim=0).contiguous()
+        ctx.save_for_backward(shares)
+        ctx.steps, ctx.eps = 2 * iterations - 1, eps
+        mix = shares + eps
+        for step in range(ctx.steps):
+            mix.div_(mix.sum(dim=_axis(step), keepdim=True).add_(eps))
+        return mix
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].permute(1, 2, 0).contiguous()
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (shares,) = ctx.saved_tensors
+        mixes, sums = [shares + ctx.eps], []
+        for step in range(ctx.steps):  # not kept from forward: 40 times the memory of H
+            sums.append(mixes[-1].sum(dim=_axis(step), keepdim=True).add_(ctx.eps))
+            mixes.append(mixes[-1] / sums[-1])
+        to_mix = gradients[0].clone(memory_format=torch.contiguous_format)
+        for step in reversed(range(ctx.steps)):
+            to_mix.sub_((to_mix * mixes[step + 1]).sum(dim=_axis(step), keepdim=True)).div_(sums[step])
+        return shares * (to_mix - (to_mix * shares).sum(dim=0, keepdim=True)), None, None
+
+
+def _axis(step: int) -> int:
+    """Over columns of a row first, then over rows of a column, and so on."""
+    return 1 - step % 2
 
 
 def sinkhorn_slow(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection, MeanExit, Residual
-from byrote.nn.sinkhorn import sinkhorn, sinkhorn_slow, tokens_first
+from byrote.nn.sinkhorn import plain_sinkhorn, sinkhorn, sinkhorn_slow
 
 D = 8
 
@@ -40,13 +40,16 @@ def test_sinkhorn_and_its_twin(n, eps, iterations):
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
-def test_tokens_first():
-    mix = torch.randn(3, 3, 5, requires_grad=True)
-    first = tokens_first(mix)
-    assert torch.equal(first, mix.permute(2, 0, 1)) and first.is_contiguous()
-    upstream = torch.randn(5, 3, 3)
-    [gradient] = torch.autograd.grad(first, mix, upstream)
-    assert torch.equal(gradient, upstream.permute(1, 2, 0)) and gradient.is_contiguous()
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("strength", [1, 3, 8])
+def test_sinkhorn_is_what_autograd_makes_of_the_plain_one(eps, strength):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 4, 200).mul(strength).transpose(0, 1).requires_grad_()
+    upstream = torch.randn_like(logits)
+    ours, plain = sinkhorn(logits, eps=eps), plain_sinkhorn(logits, eps=eps)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+    [gradient], [expected] = (torch.autograd.grad(mix, logits, upstream) for mix in (ours, plain))
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("strength", "columns"), [(1, 2e-3), (3, 0.1), (30, 3)])

@@ -1,0 +1,219 @@
+"""The passes of a connection over its streams, each with a backward of its own; mHC (2512.24880) equations 3 and 7.
+
+    project  z_t  = (W vec X_t) / sqrt(mean(vec X_t ^ 2) + eps)         all numbers that the coefficients come from
+    read     x_t  = sum_k pre_tk X_tk
+    write    X'_ti = sum_k H_tik X_tk + post_ti y_t
+
+Shapes: X [N, n, d], W [m, n d], z [N, m], x and y [N, d], pre and post [N, n], H [N, n, n] (new, old).
+
+The streams are the largest tensor of a block, and what a connection costs is how often they pass through memory.
+`project` and `read` hand X on beside their result, so that in backward the gradient of X is one running sum and not
+three tensors that are added up. On a CPU, read and write are compiled loops, one pass each: for one token they are
+products of 4 x 4 matrices, too small for a library. `plain_project`, `plain_read` and `plain_write` are the twins, and
+what runs on a GPU, under torch.compile and in other dtypes than float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """z, X"""
+    if compilable(streams):
+        return _Project.apply(streams, weight, eps)  # type: ignore[no-any-return]
+    return plain_project(streams, weight, eps), streams
+
+
+def read(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """x, X"""
+    return _Read.apply(streams, pre) if compilable(streams) else (plain_read(streams, pre), streams)  # type: ignore[no-any-return]
+
+
+def write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
+    chosen = _Write.apply if compilable(streams) else plain_write
+    return chosen(streams, y, mix, post)  # type: ignore[no-any-return]
+
+
+def plain_project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
+    flat = streams.flatten(1)  # dividing after the product: it is one number a token
+    return F.linear(flat, weight) * (flat.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+
+
+def plain_read(streams: Tensor, pre: Tensor) -> Tensor:
+    return (pre.unsqueeze(1) @ streams).squeeze(1)
+
+
+def plain_write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
+    return torch.cat([mix, post.unsqueeze(2)], dim=2) @ torch.cat([streams, y.unsqueeze(1)], dim=1)
+
+
+def compilable(x: Tensor) -> bool:
+    """Whether the compiled loops can take x."""
+    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+    return not plain and _numba_is_there()
+
+
+@cache
+def _numba_is_there() -> bool:
+    """A GPU machine may lack it: nothing there needs it."""
+    return find_spec("numba") is not None
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        flat = streams.flatten(1)
+        scale = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_().div_(flat.shape[1]).add_(eps)).rsqrt_()
+        z = F.linear(flat, weight).mul_(scale)
+        ctx.save_for_backward(flat, weight, scale, z)
+        return z, streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        flat, weight, scale, z = ctx.saved_tensors
+        to_z, to_streams = gradients
+        shrink = (to_z * z).sum(dim=1, keepdim=True).mul_(scale.square()).div_(-flat.shape[1])
+        to_flat = torch.addcmul(to_streams.flatten(1), flat, shrink)
+        product = to_z * scale
+        return to_flat.addmm_(product, weight).view_as(to_streams), product.T @ flat, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+        kept, pre = streams.contiguous(), pre.contiguous()
+        ctx.save_for_backward(kept, pre)
+        x = torch.empty_like(kept[:, 0])
+        run(_kernels()[0], kept, pre, x)
+        return x, streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        streams, pre = ctx.saved_tensors
+        to_x, to_streams = (gradient.contiguous() for gradient in gradients)
+        total, to_pre = torch.empty_like(streams), torch.empty_like(pre)
+        run(_kernels()[1], streams, pre, to_x, to_streams, total, to_pre)
+        return total, to_pre
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
+        saved = [tensor.contiguous() for tensor in (streams, y, mix, post)]
+        ctx.save_for_backward(*saved)
+        out = torch.empty_like(saved[0])
+        run(_kernels()[2], *saved, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        to_each = [torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+        run(_kernels()[3], *ctx.saved_tensors, gradients[0].contiguous(), *to_each)
+        return tuple(to_each)
+
+
+def run(kernel: Callable[..., None], *tensors: Tensor) -> None:
+    """kernel(begin, end, *arrays) over all tokens; as many threads as torch has, each over its share of them."""
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    tokens, threads = len(arrays[0]), torch.get_num_threads()
+    if threads == 1 or tokens < 64 * threads:
+        kernel(0, tokens, *arrays)
+        return
+    ends = [tokens * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(lambda i: kernel(ends[i], ends[i + 1], *arrays), range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "byrote-mix")
+
+
+@cache
+def _kernels() -> tuple[Callable[..., None], ...]:
+    """read, its backward, write, its backward; compiled at first use and kept on disk."""
+    from numba import njit
+
+    # Sums of products may be reordered, so that they run over whole vectors; NaN and infinity stay what they are.
+    # Each inner loop has one coefficient and few arrays: with more, the compiler cannot tell that they do not overlap.
+    options: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}}
+    three, two, one = "float32[:,:,::1]", "float32[:,::1]", "int64"
+
+    @njit(f"void({one}, {one}, {three}, {two}, {two})", **options)
+    def read(begin, end, streams, pre, x):
+        n, d = streams.shape[1:]
+        for t in range(begin, end):
+            for k in range(n):
+                weight = pre[t, k]
+                if k == 0:
+                    for c in range(d):
+                        x[t, c] = weight * streams[t, k, c]
+                else:
+                    for c in range(d):
+                        x[t, c] += weight * streams[t, k, c]
+
+    @njit(f"void({one}, {one}, {three}, {two}, {two}, {three}, {three}, {two})", **options)
+    def read_backward(begin, end, streams, pre, to_x, to_streams, total, to_pre):
+        n, d = streams.shape[1:]
+        for t in range(begin, end):
+            for k in range(n):
+                weight, product = pre[t, k], 0 * pre[t, k]
+                for c in range(d):
+                    product += to_x[t, c] * streams[t, k, c]
+                to_pre[t, k] = product
+                for c in range(d):
+                    total[t, k, c] = to_streams[t, k, c] + weight * to_x[t, c]
+
+    @njit(f"void({one}, {one}, {three}, {two}, {three}, {two}, {three})", **options)
+    def write(begin, end, streams, y, mix, post, out):
+        n, d = streams.shape[1:]
+        for t in range(begin, end):
+            for i in range(n):
+                weight = post[t, i]
+                for c in range(d):
+                    out[t, i, c] = weight * y[t, c]
+                for k in range(n):
+                    weight = mix[t, i, k]
+                    for c in range(d):
+                        out[t, i, c] += weight * streams[t, k, c]
+
+    @njit(f"void({one}, {one}, {three}, {two}, {three}, {two}, {three}, {three}, {two}, {three}, {two})", **options)
+    def write_backward(begin, end, streams, y, mix, post, gradient, to_streams, to_y, to_mix, to_post):
+        n, d = streams.shape[1:]
+        for t in range(begin, end):
+            for i in range(n):
+                weight, product = post[t, i], 0 * post[t, i]
+                for c in range(d):
+                    product += gradient[t, i, c] * y[t, c]
+                to_post[t, i] = product
+                if i == 0:
+                    for c in range(d):
+                        to_y[t, c] = weight * gradient[t, i, c]
+                else:
+                    for c in range(d):
+                        to_y[t, c] += weight * gradient[t, i, c]
+                for k in range(n):
+                    weight, product = mix[t, i, k], 0 * mix[t, i, k]
+                    for c in range(d):
+                        product += gradient[t, i, c] * streams[t, k, c]
+                    to_mix[t, i, k] = product
+                    if i == 0:
+                        for c in range(d):
+                            to_streams[t, k, c] = weight * gradient[t, i, c]
+                    else:
+                        for c in range(d):
+                            to_streams[t, k, c] += weight * gradient[t, i, c]
+
+    return read, read_backward, write, write_backward
