@@ -32,14 +32,14 @@ class Ratio:
         return f"{self.median:.2f}x [{self.least:.2f}, {self.greatest:.2f}]"
 
 
-def take_turns(cases: dict[str, Callable[[], Any]], turns: int, warmup: int = 1) -> Times:
-    """Seconds of each case in each turn."""
-    for case in cases.values():
-        for _ in range(warmup):
-            case()
+def take_turns(cases: dict[str, Callable[[], Any]], turns: int) -> Times:
+    """Seconds of each case in each turn. It runs once before it is timed: what the last one left in caches and in the
+    allocator is not its own.
+    """
     times: Times = {name: [] for name in cases}
     for _ in range(turns):
         for name, case in cases.items():
+            case()
             _wait()
             began = time.perf_counter()
             case()

@@ -25,10 +25,11 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.interop.deepseek_v3 import to_deepseek_v3
 from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
 from byrote.train.config import Recipe
+from byrote.train.evaluate import loss_options
 from byrote.train.optimizer import Optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of the experts, in transformers
 WIDE = {"hidden_size": 512, "num_attention_heads": 8, "kv_lora_rank": 128, "moe_intermediate_size": 128}
 WIDE |= {"intermediate_size": 1536, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 
@@ -47,6 +48,7 @@ class Step:
         self.model = model.to(options.device).train()
         self.optimizer = optimizer(self.model)
         self.options = options
+        self.extra = loss_options(model)
         self.forward = torch.compile(self.model) if options.compile else self.model
         shape = (2, 64) if options.quick else (options.batch, 256)
         generator = torch.Generator().manual_seed(0)
@@ -54,7 +56,7 @@ class Step:
 
     def __call__(self) -> None:
         with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            loss = self.forward(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss = self.forward(input_ids=self.ids, labels=self.ids, use_cache=False, **self.extra).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -135,11 +137,13 @@ def main() -> None:
     made.add_argument("--compile", action="store_true", help="torch.compile every model")
     made.add_argument("--shape", choices=("tiny", "wide"), default="tiny", help="hidden size 128, or 512")
     made.add_argument("--batch", type=int, default=6, help="rows of 256 tokens")
+    made.add_argument("--only", choices=("transformers", "backbone"), help="one half of the comparisons")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     if options.quick:
         options.turns = 2
-    lines = [*against_transformers(options), *against_the_backbone(options)]
+    lines = [] if options.only == "backbone" else against_transformers(options)
+    lines += [] if options.only == "transformers" else against_the_backbone(options)
     compiled = ", compiled" if options.compile else ""
     report(f"Training step, {options.shape} shape{compiled}", lines, options)
 

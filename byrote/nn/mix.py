@@ -120,8 +120,9 @@ class _Write(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        to_each = [torch.empty_like(tensor) for tensor in ctx.saved_tensors]
-        run(_kernels()[3], *ctx.saved_tensors, gradients[0].contiguous(), *to_each)
+        saved = ctx.saved_tensors
+        to_each = [torch.empty_like(tensor) for tensor in saved]
+        run(_kernels()[3], *saved, gradients[0].contiguous(), *to_each)
         return tuple(to_each)
 
 

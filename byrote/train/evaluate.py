@@ -5,6 +5,7 @@
 Bits per byte compares models with different tokenizers. Tokens that end documents are counted in the nats.
 """
 
+import inspect
 import itertools
 import math
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Score:
     tokens: int
 
 
+def loss_options(model: nn.Module) -> dict[str, bool]:
+    """What spares a model the logits where only its loss is wanted; some of Hugging Face's can do it too."""
+    return {"skip_logits": True} if "skip_logits" in inspect.signature(model.forward).parameters else {}
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, validation: Validation, precision: str = "float32", batches: int = 0) -> Score:
     """`batches`: how many of the batches, spread over the text; 0: all. Ranks share them and get the same
@@ -40,7 +46,7 @@ def evaluate(model: nn.Module, validation: Validation, precision: str = "float32
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
-    training = model.training
+    training, options = model.training, loss_options(model)
     model.eval()
     selected = validation_batches(validation.data, validation.batch_size, validation.length)
     if batches:
@@ -51,7 +57,7 @@ def evaluate(model: nn.Module, validation: Validation, precision: str = "float32
     for batch in itertools.islice(selected, rank, None, world):
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            nats += float(model(**on_device, num_items_in_batch=1, use_cache=False).loss)
+            nats += float(model(**on_device, **options, num_items_in_batch=1, use_cache=False).loss)
         tokens += predicted(batch)
     if world > 1:
         total = torch.tensor([nats, tokens], dtype=torch.float64, device=device)

@@ -26,7 +26,7 @@ from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
 from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint
 from byrote.train.config import TrainRecipe
-from byrote.train.evaluate import Score, Validation, evaluate
+from byrote.train.evaluate import Score, Validation, evaluate, loss_options
 from byrote.train.metrics import Metrics
 from byrote.train.schedule import mtp_weight, schedule
 from byrote.train.signals import Signals
@@ -72,6 +72,7 @@ class Trainer:
         self.validation, self.run, self.tokenizer, self.report = validation, run, tokenizer, report
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
+        self.options = loss_options(model)
         config = model.config
         # Other models' configs may name prediction modules too, but their forward knows no weight.
         self.predicts = hasattr(config, "mtp_loss_weight") and config.num_nextn_predict_layers > 0
@@ -154,18 +155,21 @@ class Trainer:
             dist.all_reduce(facts)
         items, stopped, overdue = facts.tolist()
         total, further = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        weight = {"mtp_loss_weight": mtp_weight(self.step, self.recipe)} if self.predicts else {}
+        options: dict[str, Any] = {**self.options, "num_items_in_batch": items / self.world, "use_cache": False}
+        weight = mtp_weight(self.step, self.recipe)
+        if self.predicts:
+            options["mtp_loss_weight"] = weight
         parts = self._micro_batches(batch)
         for i, part in enumerate(parts):
             with self._no_exchange() if i < len(parts) - 1 else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                     # Without a cache: given one, Hugging Face models do not keep packed documents apart.
-                    outputs = self.parallel(**part, num_items_in_batch=items / self.world, use_cache=False, **weight)
+                    outputs = self.parallel(**part, **options)
                 outputs.loss.backward()
             total += outputs.loss.detach()
             if self.predicts:
                 further += outputs.mtp_loss
-                total -= weight["mtp_loss_weight"] * outputs.mtp_loss
+                total -= weight * outputs.mtp_loss
         losses = torch.stack([total, further])
         if self.world > 1:
             dist.all_reduce(losses)

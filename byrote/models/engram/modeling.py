@@ -28,7 +28,7 @@ from byrote.models.engram.block import BlockOutput, EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
 from byrote.models.engram.inputs import check_ids, check_labels, check_places
-from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
+from byrote.models.engram.outputs import EngramOutput, Prediction, head_loss, mtp_loss
 from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.nn.engram import Engram
@@ -250,11 +250,12 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         mtp_loss_weight: float | None = None,
         output_streams: bool = False,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> EngramOutput:
         """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
 
-        `mtp_loss_weight`: the config's unless given.
+        `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
         predict = self.training and labels is not None and len(self.model.mtp) > 0
         check_labels(labels, input_ids, self.config.vocab_size)
@@ -270,14 +271,18 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
             predict=predict,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        skip_logits = skip_logits and labels is not None
+        logits = None if skip_logits else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss, further = None, None
         if labels is not None:
             items = (labels[:, 1:] != -100).sum(dim=1)
             total = items.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            if skip_logits:
+                loss = head_loss(self.lm_head, outputs.last_hidden_state, shift(labels, 1, empty=-100)) / total
+            else:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
             if "balance_loss" in outputs:
                 # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total

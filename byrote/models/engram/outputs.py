@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from byrote.nn.loss import linear_cross_entropy, plain_cross_entropy
 from byrote.nn.mtp import shift
 
 
@@ -29,6 +29,13 @@ class Prediction(NamedTuple):
     aimed: Tensor
 
 
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum over targets [B, T] of the cross-entropy of head(hidden [B, T, d]), without logits if head is a matrix."""
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
+    return plain_cross_entropy(head(hidden).flatten(0, 1), targets.flatten())  # an adapter's, for one
+
+
 def mtp_loss(head: nn.Module, predictions: Iterable[Prediction], labels: Tensor, total: Tensor | int) -> Tensor:
     """1/D sum_k CE_k. All are divided by `total`, the main loss's number of targets (V3's T), so that a batch in parts
     has the loss of the whole.
@@ -36,6 +43,5 @@ def mtp_loss(head: nn.Module, predictions: Iterable[Prediction], labels: Tensor,
     losses = []
     for k, (hidden, aimed) in enumerate(predictions, start=1):
         targets = shift(labels, k + 1, empty=-100).masked_fill(~aimed, -100)
-        logits = head(hidden).float()
-        losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
+        losses.append(head_loss(head, hidden, targets))
     return torch.stack(losses).mean() / total
