@@ -34,7 +34,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model, forward, rows: slice, world: int, muon: Muon | None = None) -> dict:
-    optimizer = Optimizer(model, lr=3e-3, eps=1e-3, router_bias_rate=0.01, muon=muon)
+    optimizer = Optimizer(model, lr=3e-3, eps=1e-2, router_bias_rate=0.01, muon=muon)
     touched = []
     for step in range(STEPS):
         ids, labels = batch(step)
