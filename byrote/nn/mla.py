@@ -18,7 +18,7 @@ Which is cheaper follows from the multiplications per head for T queries over S 
 expanded S d_c (d_nope + d_v) + T S (d_nope + d_R + d_v), absorbed T S (2 d_c + d_R). Hence absorb when
 T (2 d_c - d_nope - d_v) < d_c (d_nope + d_v); at DeepSeek-V3's widths that is T <= 170.
 
-Shapes: x [B, T, d]; rotary (cos, sin) [B, T, d_R/2]; mask bool [B, 1, T, S], True where a query may look
+Shapes: x [B, T, d]; rotary [B, T, d_R/2]; mask bool [B, 1, T, S], True where a query may look
 (a query that may look nowhere gets 0); -> [B, T, d].
 Left out: attention dropout, biases, the sqrt(d/rank) factors, which the released DeepSeek code lacks too.
 """
@@ -92,7 +92,7 @@ class MLA(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -102,12 +102,12 @@ class MLA(nn.Module):
         """
         query = self._heads(self._queries(x))
         query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
-        query_rope = rotate(query_rope, *rotary)
+        query_rope = rotate(query_rope, rotary)
 
         latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
         latent, rope_key = (
             _normalize(self.kv_a_norm, latent).unsqueeze(1),
-            rotate(rope_key.unsqueeze(1), *rotary),
+            rotate(rope_key.unsqueeze(1), rotary),
         )
         if cache is not None:
             latent, rope_key = cache(latent, rope_key)

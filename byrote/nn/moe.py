@@ -35,22 +35,36 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class _Gather(torch.autograd.Function):
-    """x[index], every row of x taken `copies` times; `back` [rows * copies] lists where each copy went.
+class _Spread(torch.autograd.Function):
+    """x [N, d] -> [N K, d]: row i is x[order[i] // K], a copy of each token for each of its K experts.
 
-    The gradient of an index is a scatter-add, on a GPU in no fixed order; knowing `back` makes it a gather.
+    `order` sorts the N K (token, expert) pairs by expert, `place` says where each pair went. Spread and collect are
+    each other's gradient. Autograd would find a scatter-add instead, slower and on a GPU in no fixed order.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.copies = copies
-        return x.index_select(0, index)
+    def forward(ctx, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(order, place)
+        return x.index_select(0, order // (len(order) // len(x)))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back).unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, place = ctx.saved_tensors
+        return _Collect.apply(gradient, order, place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """y [N K, d] -> [N, d]: the sum of the K rows of each token; place [N, K]."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(order, place)
+        return F.embedding_bag(place, y.contiguous(), mode="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, place = ctx.saved_tensors
+        return _Spread.apply(gradient, order, place), None, None
 
 
 class Experts(nn.Module):
@@ -68,10 +82,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """x [N, d], ids and gates [N, K] -> sum_k gates_k expert_{ids_k}(x), [N, d]."""
-        top_k = ids.shape[-1]
         experts = torch.arange(self.gate_up.shape[0], device=ids.device)
         by_expert, order = ids.flatten().sort(stable=True)
-        position = order.argsort()  # the inverse permutation
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)).view_as(ids)
         ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
 
         gate_up: Tensor = self.gate_up
@@ -79,14 +92,13 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        rows = _Gather.apply(x, order // top_k, position, top_k)
+        rows = _Spread.apply(x, order, place)
         gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         # Weighing the w numbers before the down projection is cheaper than the d after it, and the same.
-        weight = _Gather.apply(gates.flatten().unsqueeze(-1), order, position, 1)
+        weight = _Spread.apply(gates.reshape(-1, 1), order, place.view(-1, 1))
         hidden = (F.silu(gate) * up * weight).to(down.dtype)
         out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
-        # This gather also makes the gradient contiguous: grouped_mm refuses the zero strides of a sum's.
-        return _Gather.apply(out, position, order, 1).unflatten(0, (-1, top_k)).sum(dim=1)
+        return _Collect.apply(out, order, place)
 
     def loop(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """The slow twin of `forward`: one expert after the other."""

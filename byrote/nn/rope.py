@@ -16,7 +16,9 @@ squared, because only D of a head's dimensions rotate (DeepSeek-V2 section 3.1.4
 
     scale    = d_qk^(-1/2) * m^2,  m = 0.1 * mscale * ln(s) + 1
 
-Shapes: position_ids [B, T] -> cos, sin [B, T, D/2], float32.
+A pair is one complex number, and the rotation one product.
+
+Shapes: position_ids [B, T] -> turns exp(i angle) [B, T, D/2], complex64.
 Left out: the generic YaRN temperature on cos and sin, dynamic scaling, the half-split layout.
 """
 
@@ -67,20 +69,17 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
     return tuple((plain / yarn.factor * ramp + plain * (1 - ramp)).tolist())
 
 
-def rotary(
-    position_ids: Tensor, dim: int, *, theta: float = 10000.0, yarn: Yarn | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, dim/2] of the angles at each position."""
+def rotary(position_ids: Tensor, dim: int, *, theta: float = 10000.0, yarn: Yarn | None = None) -> Tensor:
+    """exp(i angle), complex64 [B, T, dim/2], of the angles at each position."""
     rates = torch.tensor(frequencies(dim, theta, yarn), dtype=torch.float32, device=position_ids.device)
     angles = position_ids[..., None].float() * rates
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of x [B, heads, T, D]; cos and sin [B, T, D/2]. In float32, returned as x came."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the pairs of x [B, heads, T, D] by turns [B, T, D/2]. In float32, returned as x came."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).to(x.dtype)
 
 
 def yarn_softmax_scale(head_dim: int, yarn: Yarn | None = None) -> float:

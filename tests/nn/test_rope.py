@@ -5,8 +5,8 @@ from byrote.nn.rope import Yarn, frequencies, rotary, rotate
 
 
 def test_turns_neighboring_pairs():
-    cos, sin = rotary(torch.tensor([[3]]), 4, theta=100.0)
-    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4), cos, sin).flatten()
+    turns = rotary(torch.tensor([[3]]), 4, theta=100.0)
+    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4), turns).flatten()
     angles = torch.tensor([3.0, 0.3])  # theta^0 and theta^(-1/2)
     torch.testing.assert_close(turned[:2], torch.stack((angles[0].cos(), angles[0].sin())))
     torch.testing.assert_close(turned[2:], torch.stack((-angles[1].sin(), angles[1].cos())))
@@ -19,7 +19,7 @@ def test_scores_see_only_the_distance(yarn):
     scores = []
     for shift in (0, 50):
         angles = rotary(torch.arange(6)[None] + shift, 16, yarn=yarn)
-        scores.append(rotate(query, *angles) @ rotate(key, *angles).transpose(-1, -2))
+        scores.append(rotate(query, angles) @ rotate(key, angles).transpose(-1, -2))
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 
@@ -36,16 +36,16 @@ def test_values_are_real_under_a_meta_device():
     with torch.device("meta"):
         rates = frequencies(8, 10000.0, None)
     assert rates[0] == 1.0
-    cos, _ = rotary(torch.zeros(1, 3, dtype=torch.long, device="meta"), 8)
-    assert cos.is_meta and cos.shape == (1, 3, 4)
+    turns = rotary(torch.zeros(1, 3, dtype=torch.long, device="meta"), 8)
+    assert turns.is_meta and turns.shape == (1, 3, 4)
 
 
 def test_half_precision_is_turned_in_float32():
     x = torch.randn(1, 2, 3, 8)
     angles = rotary(torch.arange(3)[None] + 1000, 8)
-    half = rotate(x.bfloat16(), *angles)
+    half = rotate(x.bfloat16(), angles)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half, rotate(x.bfloat16().float(), *angles).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(half, rotate(x.bfloat16().float(), angles).bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_rotation(yarn, assert_near):
     config = config_of(64, 10000.0, yarn)
     positions = torch.randint(0, 1000, (2, 7))
     query, key = torch.randn(2, 3, 7, 64), torch.randn(2, 1, 7, 64)
-    cos, sin = rotary(positions, 64, theta=10000.0, yarn=yarn)
-    ours = [rotate(x, cos, sin) for x in (query, key)]
+    turns = rotary(positions, 64, theta=10000.0, yarn=yarn)
+    ours = [rotate(x, turns) for x in (query, key)]
     theirs = apply_rotary_pos_emb_interleave(query, key, *DeepseekV3RotaryEmbedding(config)(query, positions))
     for our, their in zip(ours, theirs, strict=True):
         # They return the pairs taken apart, first halves first; the scores do not see the difference.

@@ -95,7 +95,7 @@ class EngramBlock(GradientCheckpointingLayer):
     def forward(
         self,
         streams: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         mask: Tensor | None,
         sequence: Sequence,
         ticket: Ticket | None = None,

@@ -167,7 +167,7 @@ class EngramModel(EngramPreTrainedModel):
         self,
         embeddings: Tensor,
         streams: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Tensor,
         mask: Tensor | None,
         sequence: Sequence,
         balance: list[Tensor],
