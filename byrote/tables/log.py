@@ -276,7 +276,7 @@ class RowLog:
 
     def _compact(self) -> None:
         allowance = max(self._fresh, self.segment_bytes // self.record_bytes)
-        sealed = [s for s, alive in self._alive.items() if s != self._current and 2 * alive < self._written[s]]
+        sealed = [s for s, alive in self._alive.items() if s != self._current and 0 < 2 * alive < self._written[s]]
         for segment in sorted(sealed, key=lambda s: self._alive[s] / self._written[s]):
             allowance -= self._alive[segment]
             if allowance < 0:

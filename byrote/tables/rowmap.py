@@ -75,7 +75,7 @@ class RowMap:
 
 
 def _int64(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array)
+    array = np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"])  # what the kernels are compiled for
     if array.dtype != np.int64 and array.size:
         raise ValueError(f"a RowMap maps int64 to int64, got {array.dtype}")
     return array.astype(np.int64, copy=False)

@@ -108,7 +108,7 @@ def kill_at_random(folder: Path, kills: int, steps: int) -> None:
         process.kill()
         process.wait()
         reader = RowLog.open(folder, lock=False)
-        assert content(reader) == state_after(reader.generation)
+        assert reader.generation < steps and content(reader) == state_after(reader.generation)
         reader.close()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
@@ -123,7 +123,7 @@ def state_after(steps: int) -> bytes:
     return found.tobytes() + rows.tobytes()
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     kill_at_random(tmp_path, kills, 40 * kills)
     log = RowLog.open(tmp_path)
