@@ -189,6 +189,13 @@ class RowLog:
     def disk_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    def unlock(self) -> None:
+        """Give the right to write back; what is committed stays readable here."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock, self._current = None, 0
+        self._failed = self._failed or bool(len(self._dirty) or self._fresh)
+
     def close(self) -> None:
         """Give files and lock back. What was not committed is lost."""
         for file in self._files.values():

@@ -202,11 +202,12 @@ class LoggedTable:
         return places
 
     def _decode(self, records: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(records)).view(CODECS[self.codec]).float()
+        values = torch.from_numpy(np.ascontiguousarray(records).reshape(-1)).view(CODECS[self.codec])
+        return values.float().view(len(records), self.width)
 
     def _field(self, records: np.ndarray, name: str) -> Tensor:
         begin, end = self._places()[name]
-        values = np.ascontiguousarray(records[:, begin:end]).view(np.float32)
+        values = np.ascontiguousarray(records[:, begin:end]).reshape(-1).view(np.float32)
         return torch.from_numpy(values).view(len(records), *self.fields[name])
 
     def _with_state(self) -> np.ndarray:
@@ -227,7 +228,7 @@ def _record_bytes(base: Any, fields: StateFields) -> int:
 
 
 def _bytes(values: Tensor, size: int) -> np.ndarray:
-    return values.contiguous().view(len(values), math.prod(values.shape[1:])).view(torch.uint8).numpy().reshape(-1, size)
+    return values.contiguous().flatten().view(torch.uint8).numpy().reshape(len(values), size)
 
 
 def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
