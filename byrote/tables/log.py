@@ -87,7 +87,9 @@ class RowLog:
         header = _read_json(folder / "log.json", "no log; was the run folder moved or its tables/ deleted?")
         for name, wanted in (("num_rows", num_rows), ("record_bytes", record_bytes), ("digest", digest)):
             if wanted is not None and header[name] != wanted:
-                raise ValueError(f"{folder}: {name} is {header[name]}, asked for is {wanted}; it is another table's log")
+                raise ValueError(
+                    f"{folder}: {name} is {header[name]}, asked for is {wanted}; it is another table's log"
+                )
         log = cls(folder, header, budget, segment_bytes)
         if lock:
             log._take_lock()
@@ -140,7 +142,9 @@ class RowLog:
         """Set the records [U, B] of unique ids [U]."""
         self._check_writable()
         if records.shape != (len(ids), self.record_bytes) or records.dtype != np.uint8:
-            raise ValueError(f"records must be uint8 {[len(ids), self.record_bytes]}, got {records.dtype} {records.shape}")
+            raise ValueError(
+                f"records must be uint8 {[len(ids), self.record_bytes]}, got {records.dtype} {records.shape}"
+            )
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_rows):
             raise ValueError(f"row ids {ids.min()}..{ids.max()} leave the table of {self.num_rows} rows")
         capacity = len(self._buffer)

@@ -58,23 +58,22 @@ class LoggedTable:
             pointer = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-        folder = path.parent / pointer["log"]
+        # Without the checkpoint's own name in it: the folder that the path leads through is removed one day.
+        folder = Path(os.path.abspath(path.parent / pointer["log"]))
         if not (folder / "log.json").is_file():
             raise ValueError(
                 f"{path} points to the log {folder}, which is not there: a checkpoint of a file-table run is good "
                 "only in its run folder; model.save_pretrained makes a folder that stands alone"
             )
         about = json.loads(json.loads((folder / "log.json").read_text())["base"])
-        base = open_base(folder / about["path"])
+        base = open_base(Path(os.path.abspath(folder / about["path"])))
         if (base.num_rows, base.width, base.digest) != (num_rows, width, digest):
             raise ValueError(
                 f"{path}: the table is [{base.num_rows}, {base.width}] with digest {base.digest}, the model needs "
                 f"[{num_rows}, {width}] with digest {digest}"
             )
         size = _record_bytes(base, about["fields"])
-        log = RowLog.open(
-            folder, pointer["generation"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock
-        )
+        log = RowLog.open(folder, pointer["generation"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
         return cls(base, log, about["fields"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoggedTable:
@@ -228,6 +227,8 @@ def _record_bytes(base: Any, fields: StateFields) -> int:
 
 
 def _bytes(values: Tensor, size: int) -> np.ndarray:
+    if not len(values):
+        return np.empty((0, size), np.uint8)  # which torch does not view
     return values.contiguous().flatten().view(torch.uint8).numpy().reshape(len(values), size)
 
 
@@ -247,5 +248,5 @@ def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, chunks in arrays.values():
             for chunk in chunks():
-                file.write(chunk.contiguous().flatten().view(torch.uint8).numpy())
+                file.write(_bytes(chunk, chunk[:1].nbytes))
     os.replace(temporary, path)

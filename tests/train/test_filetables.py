@@ -90,7 +90,7 @@ def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
         EngramForCausalLM.from_pretrained(latest(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, kills):
     settings = {"steps": 20 * kills, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
     make_recipe(**settings).save(tmp_path / "recipe.json")
