@@ -1,7 +1,7 @@
 """RowLog: a crash-safe store of changed rows beside an immutable table file.
 
     FOLDER/log.json                {format_version, num_rows, record_bytes, digest, base}
-           manifest-000000012.json a committed generation: {format_version, generation, segments: [[number, bytes], ...], crc}
+           manifest-000000012.json a committed generation: {..., segments: [[number, bytes], ...], crc}
            000003.log              a segment, append-only: blocks of  crc u32 | count u32 | segment u64 |
                                    row ids [count] int64 | records [count, record_bytes] u8
            lock                    flocked by the one process that writes

@@ -248,5 +248,5 @@ def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, chunks in arrays.values():
             for chunk in chunks():
-                file.write(_bytes(chunk, chunk[:1].nbytes))
+                file.write(_bytes(chunk, chunk[:1].nbytes).data)
     os.replace(temporary, path)

@@ -86,7 +86,7 @@ def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
     model.save_pretrained(tmp_path / "whole")  # stands alone
     shutil.rmtree(tmp_path / "run/tables")
     assert_equal(model, EngramForCausalLM.from_pretrained(tmp_path / "whole"))
-    with pytest.raises(ValueError, match="points to the log .* not there"):
+    with pytest.raises(ValueError, match=r"points to the log .* not there"):
         EngramForCausalLM.from_pretrained(latest(tmp_path / "run"))
 
 
