@@ -2,7 +2,7 @@
 run needs.
 
     RUN/checkpoints/step-000200/    config.json, weights, tables, tokenizer
-        row_state/                  state of the tables' update rule
+        row_state/                  state of the tables' update rule; of tables in files only pointers are here
         training.pt                 optimizer, schedule, loader, random states, counters
 
 Written under another name and renamed, so that a folder that is there is whole; the oldest are removed.
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from byrote.train import filetables
 
 PREFIX = "step-"
 
@@ -37,10 +39,15 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    from_files = bool(filetables.logged_tables(model))
+    if from_files:
+        model.save_pretrained(partial, tables=False)
+        filetables.save(model, partial)
+    else:
+        model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state"):
+    if hasattr(model, "save_row_state") and not from_files:
         (partial / "row_state").mkdir()
         model.save_row_state(partial / "row_state")
     torch.save(training, partial / "training.pt")
@@ -48,6 +55,7 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     partial.rename(target)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+    filetables.collect(model, checkpoints(run))
     return target
 
 
@@ -55,7 +63,7 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     """Give the model, which was loaded from this checkpoint, its row state; return the rest."""
     if not (checkpoint / "training.pt").exists():
         raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
-    if hasattr(model, "load_row_state"):
+    if hasattr(model, "load_row_state") and not filetables.logged_tables(model):
         model.load_row_state(checkpoint / "row_state")
     return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
 

@@ -68,6 +68,7 @@ class TrainRecipe:
     decay: float = 0.2  # of wsd: the share of the steps, the last ones, in which the rate falls
     precision: str = "float32"  # or "bfloat16": autocast
     gradient_checkpointing: bool = False
+    placement: str = "host"  # of the tables: RAM; or "file": changed rows in RUN/tables, a checkpoint points there
     seed: int = 0
     eval_every: int = 200  # steps; 0: at the end only
     eval_batches: int = 0  # of an evaluation on the way; 0: all. The last evaluation is of all
@@ -99,6 +100,7 @@ class TrainRecipe:
             "muon_coefficients": ("hybrid", "jordan"),
             "schedule": ("cosine", "constant", "step", "wsd"),
             "precision": ("float32", "bfloat16"),
+            "placement": ("host", "file"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")

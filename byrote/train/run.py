@@ -21,7 +21,8 @@ from byrote.data.packing import Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.engram import EngramConfig, EngramForCausalLM
-from byrote.train.checkpoint import align, latest
+from byrote.train import filetables
+from byrote.train.checkpoint import align, checkpoints, latest
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
@@ -93,7 +94,7 @@ def make_trainer(
         torch.set_num_threads(settings.threads)
     tokenizer = load_tokenizer(data / "tokenizer")
     if checkpoint:
-        model = EngramForCausalLM.from_pretrained(checkpoint)
+        model = EngramForCausalLM.from_pretrained(checkpoint, placement=settings.placement)
         align(model)
     else:
         torch.manual_seed(settings.seed)
@@ -112,6 +113,11 @@ def make_trainer(
     )
     loader = Loader(packer, settings.read_ahead)
     optimizer = build_optimizer(recipe, model)
+    if settings.placement == "file":
+        if checkpoint:
+            filetables.resume(model, checkpoints(run))
+        else:
+            filetables.begin(model, run, optimizer.rule)
     return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
 
 

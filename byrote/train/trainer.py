@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
+from byrote.train import filetables
 from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint
 from byrote.train.config import TrainRecipe
 from byrote.train.evaluate import Score, Validation, evaluate, loss_options
@@ -90,7 +91,7 @@ class Trainer:
         """Train to the recipe's last step. Interrupted where a signal or the time budget stops it."""
         self.model.train()
         checkpoint: Path | None = None
-        with self.signals:
+        with self.signals, filetables.released(self.model):
             while self.step < self.recipe.steps:
                 reason = self._train_step()
                 checkpoint = None

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import resource
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from byrote.memory import Memory
 from byrote.tables import RamTable, Table
+from byrote.tables.logged import LoggedTable
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -32,6 +34,21 @@ class Kind:
 KINDS = {
     f"ram-{codec}": Kind(
         lambda *args, codec=codec, **kwargs: RamTable(*args, codec=codec, **kwargs), RamTable.open, stored
+    )
+    for codec, stored in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+}
+
+
+def logged(base: RamTable) -> LoggedTable:
+    fields = {"moment": (base.width,), "touches": ()}
+    return LoggedTable.create(base, Path(tempfile.mkdtemp()), fields, budget=5000)
+
+
+KINDS |= {
+    f"logged-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: logged(RamTable(*args, codec=codec, **kwargs)),
+        lambda path, **wanted: logged(RamTable.open(path, **wanted)),
+        stored,
     )
     for codec, stored in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
 }
@@ -134,7 +151,7 @@ def test_state_of_touched_rows_only(kind):
 def test_state_memory_follows_the_touched_rows(kind):
     table = kind.make(200_000, 64, digest=DIGEST)
     rows = torch.arange(100) * 7
-    table.write(rows, torch.zeros(100, 64), {"moment": torch.ones(100, 64)})
+    table.write(rows, torch.zeros(100, 64), {"moment": torch.ones(100, 64), "touches": torch.ones(100)})
     assert table.stats()["state_bytes"] < table.stats()["bytes"] / 16
 
 

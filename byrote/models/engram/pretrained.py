@@ -22,7 +22,8 @@ from byrote.nn.engram import Engram
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
-from byrote.tables import RamTable
+from byrote.tables import RamTable, Table
+from byrote.tables.logged import LoggedTable
 
 
 class EngramPreTrainedModel(PreTrainedModel):
@@ -77,13 +78,18 @@ class EngramPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             self.memory_stack.drop_pending()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
-        """Backbone, then tables, then the config: a folder with a config is complete."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, tables: bool = True, **kwargs: Any
+    ) -> None:
+        """Backbone, then tables, then the config: a folder with a config is complete.
+
+        `tables=False` leaves the tables out, for who stores them elsewhere.
+        """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
-        if self.memory_stack is None or not kwargs.get("is_main_process", True):
+        if self.memory_stack is None or not tables or not kwargs.get("is_main_process", True):
             return
         config, aside = folder / "config.json", folder / "config.json.tmp"
         os.replace(config, aside)
@@ -96,10 +102,11 @@ class EngramPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
-        `placement`: where the tables live; "host" is RAM.
+        `placement`: where the tables live; "host" is RAM, "file" leaves the tables of a checkpoint of a file-table run
+        where they are, to be read. Either follows such a checkpoint to the run's log.
         """
-        if placement != "host":
-            raise ValueError(f"placement must be 'host', got {placement!r}: other placements come with a later version")
+        if placement not in ("host", "file"):
+            raise ValueError(f"placement must be 'host' or 'file', got {placement!r}")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
@@ -110,26 +117,22 @@ class EngramPreTrainedModel(PreTrainedModel):
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        model._open_tables(lambda file: _resolve(name, file, hub))
+        model._open_tables(lambda file: _resolve(name, file, hub), placement)
         return loaded
 
     def load_tables(self, folder: str | os.PathLike[str]) -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
         self._open_tables(lambda file: Path(folder) / file)
 
-    def _open_tables(self, find: Callable[[str], Path]) -> None:
+    def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
         stack = self.memory_stack
         if stack is None:
             return
         opened = []
         for layer_id, memory in stack.items():
             path = find(stack.table_path(Path(), layer_id).name)
-            table = RamTable.open(
-                path,
-                num_rows=stack.spec.layer(layer_id).rows,
-                width=self.config.memory_row_width,
-                digest=stack.spec.digest,
-            )
+            rows = stack.spec.layer(layer_id).rows
+            table = _open_table(path, placement, rows, self.config.memory_row_width, stack.spec.digest)
             if int(memory.generation) != table.generation:
                 raise ValueError(
                     f"{path}: generation {table.generation}, the backbone was saved with "
@@ -148,6 +151,17 @@ class EngramPreTrainedModel(PreTrainedModel):
         """Read back what `save_row_state` wrote."""
         if self.memory_stack is not None:
             self.memory_stack.load_row_state(Path(folder))
+
+
+def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: str) -> Table:
+    """The table in `path`, or the one that the pointer beside it names."""
+    pointer = path.with_suffix(".json")
+    if pointer.is_file():
+        logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
+        return logged if placement == "file" else logged.in_memory()
+    if placement == "file":
+        raise ValueError(f"{path} is a whole table, of no file-table run; open it with placement='host'")
+    return RamTable.open(path, num_rows=num_rows, width=width, digest=digest)
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

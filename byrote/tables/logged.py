@@ -1,0 +1,252 @@
+"""LoggedTable: a table that is trained though its base never changes; changed rows live in a RowLog.
+
+    read(row) = the log's values if it holds the row, else the base's; rule state likewise, else zeros
+
+A record is  flag u8 (1: rule state was written) | values as the base's codec stores them | state fields float32.
+It equals a RamTable to the last bit. `checkpoint(path)` makes the present generation durable in the log and writes a
+pointer, a JSON of a line: {format_version, log: relative path, generation}. `save` writes a whole merged table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from byrote.tables.log import RowLog
+from byrote.tables.mapped import MappedTable
+from byrote.tables.ram import CODECS, FORMAT_VERSION, RamTable, _load
+from byrote.tables.table import RowState, StateFields, check_row_ids
+
+CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
+
+
+def open_base(path: Path) -> Any:
+    """The read-only table under a log."""
+    return MappedTable(path)
+
+
+class LoggedTable:
+    """`base`: any table, only read. `fields`: the state of the one rule that trains it."""
+
+    def __init__(self, base: Any, log: RowLog, fields: StateFields) -> None:
+        self.base, self.log, self.fields = base, log, {name: tuple(shape) for name, shape in fields.items()}
+        self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
+        self.generation = log.generation
+
+    @classmethod
+    def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
+        """With a new log in `folder`; `path`: of the base's file, relative to `folder`."""
+        about = {"path": path, "codec": base.codec, "fields": {name: list(shape) for name, shape in fields.items()}}
+        log = RowLog.create(
+            folder, num_rows=base.num_rows, record_bytes=_record_bytes(base, fields), digest=base.digest,
+            base=json.dumps(about), generation=base.generation, **settings,
+        )  # fmt: skip
+        return cls(base, log, fields)
+
+    @classmethod
+    def open(cls, path: Path, *, num_rows: int, width: int, digest: str, lock: bool = False) -> LoggedTable:
+        """What a pointer names; without `lock`, for reading."""
+        try:
+            pointer = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        # Without the checkpoint's own name in it: the folder that the path leads through is removed one day.
+        folder = Path(os.path.abspath(path.parent / pointer["log"]))
+        if not (folder / "log.json").is_file():
+            raise ValueError(
+                f"{path} points to the log {folder}, which is not there: a checkpoint of a file-table run is good "
+                "only in its run folder; model.save_pretrained makes a folder that stands alone"
+            )
+        about = json.loads(json.loads((folder / "log.json").read_text())["base"])
+        base = open_base(Path(os.path.abspath(folder / about["path"])))
+        if (base.num_rows, base.width, base.digest) != (num_rows, width, digest):
+            raise ValueError(
+                f"{path}: the table is [{base.num_rows}, {base.width}] with digest {base.digest}, the model needs "
+                f"[{num_rows}, {width}] with digest {digest}"
+            )
+        size = _record_bytes(base, about["fields"])
+        log = RowLog.open(folder, pointer["generation"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
+        return cls(base, log, about["fields"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoggedTable:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> Tensor:
+        check_row_ids(rows, self.num_rows)
+        flat = rows.reshape(-1).cpu()
+        values = self.base.read(flat)
+        found, records = self.log.read(flat.numpy(), 1 + self._value_bytes)
+        where = torch.from_numpy(np.flatnonzero(found))
+        values[where] = self._decode(records[found][:, 1:])
+        return values.view(*rows.shape, self.width).to(rows.device)
+
+    @torch.no_grad()
+    def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
+        check_row_ids(rows, self.num_rows)
+        self._check_fields({name: tuple(shape) for name, shape in fields.items()})
+        _, records = self.log.read(rows.cpu().numpy())
+        return {name: self._field(records, name).to(rows.device) for name in fields}
+
+    @torch.no_grad()
+    def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
+        check_row_ids(rows, self.num_rows)
+        if values.shape != (rows.numel(), self.width):
+            raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
+        ids = rows.cpu().numpy()
+        if state is None:
+            records = self.log.read(ids)[1]  # the state stays
+        else:
+            if lengths := {name: len(value) for name, value in state.items() if len(value) != len(ids)}:
+                raise ValueError(f"rule state must have {len(ids)} entries, one a row, got {lengths}")
+            self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
+            records = np.empty((len(ids), self.log.record_bytes), np.uint8)
+            records[:, 0] = 1
+            for name, (begin, end) in self._places().items():
+                records[:, begin:end] = _bytes(state[name].to("cpu", torch.float32), end - begin)
+        records[:, 1 : 1 + self._value_bytes] = _bytes(values.to("cpu", CODECS[self.codec]), self._value_bytes)
+        self.log.write(ids, records)
+
+    def commit(self) -> int:
+        self.generation += 1
+        return self.generation
+
+    def checkpoint(self, path: Path, log: str) -> None:
+        """Make this generation durable, and write the pointer to it; `log`: the log's folder as seen from there."""
+        self.log.commit(self.generation)
+        path.write_text(json.dumps({"format_version": FORMAT_VERSION, "log": log, "generation": self.generation}))
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            **self.base.stats(),
+            "generation": self.generation,
+            "rows_touched": len(self._with_state()),
+            "state_bytes": len(self.log) * self.log.record_bytes,
+        }
+
+    def save(self, path: Path) -> None:
+        def chunks() -> Iterator[Tensor]:
+            step = max(1, CHUNK_BYTES // self.log.record_bytes)
+            for at in range(0, self.num_rows, step):
+                yield self.read(torch.arange(at, min(at + step, self.num_rows))).to(CODECS[self.codec])
+
+        _stream(path, {"rows": (CODECS[self.codec], (self.num_rows, self.width), chunks)}, self._header())
+
+    def save_state(self, path: Path) -> None:
+        touched = torch.from_numpy(self._with_state())
+
+        def chunks(name: str) -> Callable[[], Iterator[Tensor]]:
+            parts = touched.split(max(1, CHUNK_BYTES // self.log.record_bytes))
+            return lambda: (self._field(self.log.read(part.numpy())[1], name) for part in parts)
+
+        arrays = {"rows": (torch.int64, (len(touched),), lambda: iter([touched]))}
+        if len(touched):
+            for name in sorted(self.fields):
+                arrays[name] = (torch.float32, (len(touched), *self.fields[name]), chunks(name))  # type: ignore[assignment]
+        _stream(path, arrays, self._header())
+
+    def load_state(self, path: Path) -> None:
+        header, arrays = _load(path)
+        for field in ("digest", "num_rows", "width", "generation"):
+            if header[field] != getattr(self, field):
+                raise ValueError(
+                    f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
+                    "take rows and row state from one checkpoint"
+                )
+        rows = arrays.pop("rows", torch.zeros(1))
+        check_row_ids(rows, self.num_rows)
+        if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
+            raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+        if rows.numel():
+            self._check_fields({name: tuple(array.shape[1:]) for name, array in arrays.items()})
+        gone = np.setdiff1d(self._with_state(), rows.numpy())
+        records = self.log.read(gone)[1]
+        records[:, 0], records[:, 1 + self._value_bytes :] = 0, 0
+        self.log.write(gone, records)
+        if rows.numel():
+            self.write(rows, self.read(rows), arrays)
+
+    def changed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, values) of the rows that differ from the base."""
+        for part in torch.from_numpy(self.log.rows()).split(max(1, CHUNK_BYTES // self.log.record_bytes)):
+            yield part, self.read(part)
+
+    def in_memory(self) -> RamTable:
+        """A RamTable with these values, without rule state."""
+        table = RamTable.open(self.base.path, num_rows=self.num_rows, width=self.width, digest=self.digest)
+        for rows, values in self.changed():
+            table.write(rows, values)
+        table.generation = self.generation
+        return table
+
+    @property
+    def _value_bytes(self) -> int:
+        return self.width * CODECS[self.codec].itemsize
+
+    def _places(self) -> dict[str, tuple[int, int]]:
+        at, places = 1 + self._value_bytes, {}
+        for name, shape in self.fields.items():
+            places[name] = (at, at := at + 4 * math.prod(shape))
+        return places
+
+    def _decode(self, records: np.ndarray) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(records).reshape(-1)).view(CODECS[self.codec])
+        return values.float().view(len(records), self.width)
+
+    def _field(self, records: np.ndarray, name: str) -> Tensor:
+        begin, end = self._places()[name]
+        values = np.ascontiguousarray(records[:, begin:end]).reshape(-1).view(np.float32)
+        return torch.from_numpy(values).view(len(records), *self.fields[name])
+
+    def _with_state(self) -> np.ndarray:
+        ids = self.log.rows()
+        return ids[self.log.read(ids, 1)[1][:, 0] == 1]
+
+    def _check_fields(self, fields: dict[str, tuple[int, ...]]) -> None:
+        if fields != self.fields:
+            raise ValueError(f"the table keeps rule state {self.fields}, the rule asks for {fields}")
+
+    def _header(self) -> dict[str, Any]:
+        names = ("digest", "generation", "num_rows", "width", "codec")
+        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
+
+
+def _record_bytes(base: Any, fields: StateFields) -> int:
+    return int(1 + base.width * CODECS[base.codec].itemsize + sum(4 * math.prod(s) for s in fields.values()))
+
+
+def _bytes(values: Tensor, size: int) -> np.ndarray:
+    if not len(values):
+        return np.empty((0, size), np.uint8)  # which torch does not view
+    return values.contiguous().flatten().view(torch.uint8).numpy().reshape(len(values), size)
+
+
+def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
+    """A safetensors file of name -> (dtype, shape, chunks), written piece by piece; renamed when it is whole."""
+    names = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16"}
+    content: dict[str, Any] = {"__metadata__": {"byrote": json.dumps(header)}}
+    at = 0
+    for name, (dtype, shape, _) in arrays.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, chunks in arrays.values():
+            for chunk in chunks():
+                file.write(_bytes(chunk, chunk[:1].nbytes).data)
+    os.replace(temporary, path)

@@ -1,0 +1,113 @@
+"""Training with tables in files equals training with tables in RAM to the last bit, whatever kills it."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from byrote.data.prepare import prepare
+from byrote.models.engram import EngramForCausalLM
+from byrote.train.checkpoint import checkpoints, latest
+from byrote.train.filetables import logged_tables
+from byrote.train.run import finish, make_trainer
+
+CODE = """
+import sys
+from pathlib import Path
+from byrote.data.prepare import prepare
+from byrote.train.config import Recipe
+from byrote.train.run import make_trainer
+recipe, data, run = Recipe.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+trainer = make_trainer(recipe, run, data, prepare(recipe.data.options, data), (run / "checkpoints").exists())
+trainer.save()
+print("ready", flush=True)
+trainer.train()
+"""
+
+
+@pytest.fixture
+def train(corpus, make_recipe, tmp_path):
+    def run(name, resume=False, **settings):
+        recipe = make_recipe(**settings)
+        meta = prepare(recipe.data.options, corpus / "prepared")
+        trainer = make_trainer(recipe, tmp_path / name, corpus / "prepared", meta, resume)
+        finish(recipe, trainer, trainer.train(), corpus / "prepared")
+        return trainer.model
+
+    return run
+
+
+def assert_equal(model, other) -> None:
+    """Weights, rows and row state."""
+    first, second = model.state_dict(), other.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for (_, a), (_, b) in zip(model.memory_stack.items(), other.memory_stack.items(), strict=True):
+        rows = torch.arange(a.table.num_rows)
+        assert a.table.generation == b.table.generation and torch.equal(a.table.read(rows), b.table.read(rows))
+
+
+def assert_state_equal(model, other, folder: Path) -> None:
+    for (layer, a), (_, b) in zip(model.memory_stack.items(), other.memory_stack.items(), strict=True):
+        paths = [folder / f"a{layer}", folder / f"b{layer}"]
+        a.table.save_state(paths[0])
+        b.table.save_state(paths[1])
+        assert paths[0].stat().st_size > 1000
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
+    host = train("host", checkpoint_every=3)
+    file = train("file", checkpoint_every=3, keep=3, placement="file")
+    assert logged_tables(file) and not logged_tables(host)
+    assert_equal(host, file)
+    assert_state_equal(host, file, tmp_path)
+    folder = latest(tmp_path / "file")
+    assert not list(folder.glob("table-*.safetensors")) and not (folder / "row_state").exists()
+    for placement in ("host", "file"):
+        assert_equal(host, EngramForCausalLM.from_pretrained(folder, placement=placement))
+    shutil.copytree(tmp_path / "file", tmp_path / "killed")
+    shutil.rmtree(latest(tmp_path / "killed"))
+    resumed = train("killed", resume=True, checkpoint_every=3, keep=3, placement="file")
+    assert_equal(host, resumed)
+    assert_state_equal(host, resumed, tmp_path)
+
+
+def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
+    model = train("run", checkpoint_every=1, keep=2, placement="file")
+    assert len(checkpoints(tmp_path / "run")) == 2
+    for table in logged_tables(model).values():
+        assert table.log.generations() == [8, 9]
+    model.save_pretrained(tmp_path / "whole")  # stands alone
+    shutil.rmtree(tmp_path / "run/tables")
+    assert_equal(model, EngramForCausalLM.from_pretrained(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"points to the log .* not there"):
+        EngramForCausalLM.from_pretrained(latest(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, kills):
+    settings = {"steps": 40 * kills + 40, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
+    make_recipe(**settings).save(tmp_path / "recipe.json")
+    arguments = [str(tmp_path / "recipe.json"), str(corpus / "prepared"), str(tmp_path / "killed")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    rng = random.Random(0)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        time.sleep(rng.random())
+        assert process.poll() is None, "it came to its end before it was killed"
+        process.kill()
+        process.wait()
+    subprocess.run([sys.executable, "-c", CODE, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+    straight = train("straight", **{**settings, "placement": "host", "checkpoint_every": 0})
+    killed = EngramForCausalLM.from_pretrained(latest(tmp_path / "killed"), placement="file")
+    assert_equal(straight, killed)
+    assert_state_equal(straight, killed, tmp_path)
