@@ -34,10 +34,19 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = None) -> Array:
     """Compressed ids. A dead position's raw id does not matter; any other must be in the vocabulary."""
+    check_known(input_ids, len(vocabulary), alive)
+    xp = _namespace(input_ids)
+    if alive is None:
+        return vocabulary[input_ids]
+    return xp.where(alive, vocabulary[xp.where(alive, input_ids, 0)], DEAD)
+
+
+def check_known(input_ids: Array, vocab_size: int, alive: Array | None = None) -> None:
+    """Refuse ids that the vocabulary does not have, but for dead positions."""
     xp = _namespace(input_ids)
     if not str(input_ids.dtype).endswith(("int32", "int64")):
         raise ValueError(f"input_ids has dtype {input_ids.dtype}; give int64 or int32")
-    unknown = (input_ids < 0) | (input_ids >= len(vocabulary))
+    unknown = (input_ids < 0) | (input_ids >= vocab_size)
     if alive is not None:
         _check_mask("alive", alive, input_ids)
         unknown = unknown & alive
@@ -45,11 +54,8 @@ def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = Non
         row, position = (int(index) for index in xp.argwhere(unknown)[0])
         raise ValueError(
             f"input_ids[{row}, {position}] is {int(input_ids[row, position])}; the vocabulary has the ids "
-            f"0 .. {len(vocabulary) - 1}: mask the position, or use the tokenizer of this vocabulary"
+            f"0 .. {vocab_size - 1}: mask the position, or use the tokenizer of this vocabulary"
         )
-    if alive is None:
-        return vocabulary[input_ids]
-    return xp.where(alive, vocabulary[xp.where(alive, input_ids, 0)], DEAD)
 
 
 def windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Array:

@@ -24,10 +24,11 @@ def stats(
     tokens: Annotated[int, typer.Option(help="How many tokens of the training text at most.")] = 1_000_000,
     batch: Annotated[int, typer.Option(help="Tokens that are read together.")] = 64,
 ) -> None:
-    """Draw the hit rates of a cache: rows cached against hits, per n-gram order, on a real corpus.
+    """Draw the hit rates of a cache, per n-gram order, on the text of a recipe.
 
     \b
-    byrote table stats recipes/tiny-engram.toml --set "model.memory_table_sizes=[1000000, 1000000]"
+    byrote table stats recipes/tiny-engram.toml \\
+        --set "model.memory_table_sizes=[1000000, 1000000]"
     """
     from rich.progress import Progress
     from rich.table import Table

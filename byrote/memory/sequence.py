@@ -37,7 +37,7 @@ class Sequence:
         predecessor = torch.where(before >= 0, position_ids.gather(1, before.clamp_min(0)), last_position)
         starts = alive & (position_ids != predecessor + 1)
         interrupted = alive[:, 1:] & ~alive[:, :-1] & ~starts[:, 1:]
-        if interrupted.any():
+        if interrupted.numel() and interrupted.any():
             row, step = (int(i) for i in interrupted.nonzero()[0])
             raise ValueError(
                 f"attention_mask hides tokens inside a document: row {row} goes on at token {step + 1} behind padding. "

@@ -12,7 +12,9 @@ Two ways to compute the same thing (DeepSeek-V3.2-Exp appendix A):
 
 expanded  makes k_i and v_i of every head from the latents: training, and prefill of long chunks.
 absorbed  moves W_UK into the query and W_UV behind the sum, so that one "head" of H*T queries reads the
-          latents as they lie in the cache: keys [c ; k_R], values c. Decoding and short chunks.
+          latents as they lie in the cache: keys [c ; k_R], values c. Decoding and short chunks. By plain
+          products: torch's attention would need c and k_R side by side and, for want of a kernel with one
+          key head this wide, copy and scale them at every token.
 
 Which is cheaper follows from the multiplications per head for T queries over S cached tokens, S >> T:
 expanded S d_c (d_nope + d_v) + T S (d_nope + d_R + d_v), absorbed T S (2 d_c + d_R). Hence absorb when
@@ -158,17 +160,18 @@ class MLA(nn.Module):
         up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
             [self.nope_dim, self.value_dim], dim=1
         )
-        query = torch.cat((torch.matmul(query_nope, up_key), query_rope), dim=-1)
-        latent = latent.to(query.dtype)
-        key = torch.cat((latent, rope_key.to(query.dtype)), dim=-1)
+        # The heads become more queries of the one key head.
+        query = torch.matmul(query_nope, up_key).flatten(1, 2)
+        latent, rope_key = latent.to(query.dtype).squeeze(1), rope_key.to(query.dtype).squeeze(1)
+        scores = torch.matmul(query, latent.mT) + torch.matmul(query_rope.flatten(1, 2), rope_key.mT)
+        scores = (scores * self.softmax_scale).view(batch, self.num_heads, tokens, -1)
         if mask is None:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
-        # The heads become more queries of the one key head: as grouped queries, a kernel without native ones
-        # would copy the latents H times, which this mode exists to avoid. For one token the mask broadcasts.
-        if tokens > 1:
-            mask = mask.expand(-1, self.num_heads, -1, -1).flatten(1, 2).unsqueeze(1)
-        mixed = F.scaled_dot_product_attention(
-            query.flatten(1, 2).unsqueeze(1), key, latent, attn_mask=mask, scale=self.softmax_scale
-        )
-        mixed = mixed.view(batch, self.num_heads, tokens, self.latent_dim)
+        shares = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=_at_least_float32(scores))
+        shares = shares.masked_fill(~mask.any(dim=-1, keepdim=True), 0).to(latent.dtype)
+        mixed = torch.matmul(shares.flatten(1, 2), latent).view(batch, self.num_heads, tokens, self.latent_dim)
         return torch.matmul(mixed, up_value.transpose(1, 2))
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -69,10 +69,16 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None) -> tuple[float, ...]:
     return tuple((plain / yarn.factor * ramp + plain * (1 - ramp)).tolist())
 
 
+@lru_cache
+def _rates(dim: int, theta: float, yarn: Yarn | None, device: torch.device) -> Tensor:
+    return torch.tensor(frequencies(dim, theta, yarn), dtype=torch.float32, device=device)
+
+
 def rotary(position_ids: Tensor, dim: int, *, theta: float = 10000.0, yarn: Yarn | None = None) -> Tensor:
     """exp(i angle), complex64 [B, T, dim/2], of the angles at each position."""
-    rates = torch.tensor(frequencies(dim, theta, yarn), dtype=torch.float32, device=position_ids.device)
-    angles = position_ids[..., None].float() * rates
+    # A compiler traces with fake tensors, which must not enter the cache.
+    make = _rates.__wrapped__ if torch.compiler.is_compiling() else _rates
+    angles = position_ids[..., None].float() * make(dim, theta, yarn, position_ids.device)
     return torch.complex(angles.cos(), angles.sin())
 
 

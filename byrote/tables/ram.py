@@ -67,29 +67,32 @@ class RamTable:
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
-        check_row_ids(rows, self.num_rows)
-        values = self.rows.index_select(0, rows.reshape(-1).cpu()).float()
+        here = rows.cpu()  # first of all, so that a device is waited for once
+        check_row_ids(here, self.num_rows)
+        values = self.rows.index_select(0, here.reshape(-1)).float()
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
-        check_row_ids(rows, self.num_rows)
+        here = rows.cpu()
+        check_row_ids(here, self.num_rows)
         self._open_state(fields)
         assert self._directory is not None
         # Entry 0 of every array stays zero: it is what a row without state reads.
-        entries = self._directory.index_select(0, rows.cpu()).long()
+        entries = self._directory.index_select(0, here).long()
         return {name: self._state[name].index_select(0, entries).to(rows.device) for name in fields}
 
     @torch.no_grad()
     def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
-        check_row_ids(rows, self.num_rows)
+        here = rows.cpu()
+        check_row_ids(here, self.num_rows)
         if values.shape != (rows.numel(), self.width):
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
         if state is not None:
             self._check_state(rows, state)
-        self.rows.index_copy_(0, rows.cpu(), values.to("cpu", self.rows.dtype))
+        self.rows.index_copy_(0, here, values.to("cpu", self.rows.dtype))
         if state is not None:
-            self._write_state(rows.cpu(), state)
+            self._write_state(here, state)
 
     def _check_state(self, rows: Tensor, state: RowState) -> None:
         lengths = {name: value.shape[0] for name, value in state.items()}

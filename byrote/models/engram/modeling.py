@@ -19,7 +19,7 @@ from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from byrote.address.hashing import canonical_ids
+from byrote.address.hashing import check_known
 from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory import MemoryStack, MemoryState, Sequence
 from byrote.memory.sequence import NO_POSITION
@@ -122,7 +122,7 @@ class EngramModel(EngramPreTrainedModel):
         sequence, mask = self._place(input_ids, attention_mask, position_ids, past, past_key_values, state)
         if self.memories is None:
             tickets = {}
-            canonical_ids(torch.arange(self.config.vocab_size, device=input_ids.device), input_ids, sequence.alive)
+            check_known(input_ids, self.config.vocab_size, sequence.alive)
         else:
             tickets = self.memories(input_ids, sequence, state)
         # From here on nothing is refused. Only what stands under padding may still be no id.
