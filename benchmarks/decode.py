@@ -1,6 +1,6 @@
 """Decoding: seconds a token behind a long context, one row, the same weights.
 
-    python benchmarks/decode.py [--shape tiny|wide]
+    python benchmarks/decode.py [--shape tiny|wide|small]
 
 byrote reads the latents as they lie in the cache (absorbed attention); transformers' DeepseekV3 expands all of them at
 every step. A context of random tokens fills the cache, then tokens are fed one by one: the forward alone, without
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from measure import Line, faster, median, parser, report, take_turns
-from training import WIDE, config, stacked
+from training import common_config, config, stacked
 from transformers import DeepseekV3ForCausalLM, DynamicCache
 
-from byrote import EngramForCausalLM
+from byrote import EngramConfig, EngramForCausalLM
 from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
 
 
@@ -43,7 +43,7 @@ class Decode:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--shape", choices=("tiny", "wide"), default="tiny", help="hidden size 128, or 512")
+    made.add_argument("--shape", choices=("tiny", "wide", "small"), default="wide", help="hidden size 128, 512 or 768")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     contexts, tokens = ((8, 64), 4) if options.quick else ((64, 2048), 20)
@@ -53,13 +53,13 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, contexts: tuple[int, int], tokens: int) -> list[Line]:
     torch.manual_seed(0)
-    width = WIDE["moe_intermediate_size"] if options.shape == "wide" else 64
-    shape = config("tiny-moe", options.shape, shared_expert_intermediate_size=width)
+    shape = common_config(options.shape)
     ours, theirs = EngramForCausalLM(shape), DeepseekV3ForCausalLM(to_deepseek_v3_config(shape))
     theirs.load_state_dict(stacked(ours, theirs), strict=False)
     dtype = getattr(torch, options.dtype)
     models = {"byrote": ours, "transformers": theirs}
-    models["byrote Engram"] = EngramForCausalLM(config("tiny-engram", options.shape))
+    memory = EngramConfig.from_preset("small", num_streams=1) if options.shape == "small" else None
+    models["byrote Engram"] = EngramForCausalLM(memory or config("tiny-engram", options.shape))
     models = {name: model.to(options.device, dtype).eval() for name, model in models.items()}
     cases = {
         f"{name} {context}": Decode(model, context, tokens, options.device)

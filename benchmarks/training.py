@@ -30,7 +30,7 @@ from byrote.train.optimizer import Optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of the experts, in transformers
-WIDE = {"hidden_size": 512, "num_attention_heads": 8, "kv_lora_rank": 128, "moe_intermediate_size": 128}
+WIDE: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "kv_lora_rank": 128, "moe_intermediate_size": 128}
 WIDE |= {"intermediate_size": 1536, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
 
 
@@ -39,6 +39,14 @@ def config(recipe: str, shape: str, **overrides: Any) -> EngramConfig:
     settings = Recipe.load(RECIPES / f"{recipe}.toml").model
     wide = WIDE if shape == "wide" else {}
     return EngramConfig.from_preset(settings.preset, **{**settings.overrides, **wide, **overrides})
+
+
+def common_config(shape: str) -> EngramConfig:
+    """A backbone that DeepseekV3Config can describe too."""
+    if shape == "small":
+        return EngramConfig.from_preset("small", num_streams=1, memory_layers=[])
+    width = WIDE["moe_intermediate_size"] if shape == "wide" else 64
+    return config("tiny-moe", shape, shared_expert_intermediate_size=width)
 
 
 class Step:
@@ -68,11 +76,7 @@ def adamw(model: Any) -> torch.optim.Optimizer:
 
 def against_transformers(options: argparse.Namespace) -> list[Line]:
     torch.manual_seed(0)
-    shape = config(
-        "tiny-moe",
-        options.shape,
-        shared_expert_intermediate_size=WIDE["moe_intermediate_size"] if options.shape == "wide" else 64,
-    )
+    shape = common_config(options.shape)
     ours = EngramForCausalLM(shape)
     cases = {"byrote": Step(ours, options, adamw)}
     for name in IMPLEMENTATIONS:
