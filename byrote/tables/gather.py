@@ -1,9 +1,8 @@
-"""Rows out of records and into them, and sums of row gradients: compiled loops beside their plain twins.
+"""Rows out of records and into them: compiled loops beside their plain twins.
 
     gather(records [R, B], ids [N], out [N, B])        out[i] = records[ids[i]]
     decode(records [R, B], ids [N], codec, out [N, W]) out[i] = the float32 values of records[ids[i]]
     scatter(records [R, B], ids [N], new [N, B])       records[ids[i]] = new[i]
-    sum_rows(rows [M], gradient [M, W])                ascending unique ids [U], sums [U, W] in the order of occurrence
 
 Records are uint8, ids int64, values float32, all contiguous and in host memory. The caller has checked that the ids
 are in range: a compiled loop reads whatever address it is given. Fast and plain give the same bits.
@@ -17,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -61,34 +59,6 @@ def scatter(records: Tensor, ids: Tensor, new: Tensor) -> None:
 
 def scatter_twin(records: Tensor, ids: Tensor, new: Tensor) -> None:
     records.index_copy_(0, ids, new)
-
-
-def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the gradients [M, W] of equal row ids [M] -> ascending unique ids [U], sums [U, W].
-
-    The sort is stable and each sum runs in the order of occurrence, so equal input gives equal bits.
-    """
-    ordered, order = torch.sort(rows, stable=True)
-    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    starts, gradient = counts.cumsum(0) - counts, gradient.contiguous()
-    sums = gradient.new_empty(len(unique), gradient.shape[1])
-    _kernels().sum_segments(
-        gradient.data_ptr(),
-        gradient.shape[1],
-        order.data_ptr(),
-        starts.data_ptr(),
-        len(unique),
-        len(rows),
-        sums.data_ptr(),
-    )
-    return unique, sums
-
-
-def sum_rows_twin(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """On any device."""
-    ordered, order = torch.sort(rows, stable=True)
-    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    return unique, F.embedding_bag(order, gradient, counts.cumsum(0) - counts, mode="sum")
 
 
 def _kernels() -> Any:

@@ -171,23 +171,6 @@ def _e8m0(typingctx, source):
     return types.float32(types.int64), generate
 
 
-def _adder(lanes, first):
-    """An intrinsic (total, source): the float32 at `total` become what they are, or 0 for the first, + those at `source`."""
-
-    @_intrinsic
-    def add(typingctx, total, source):
-        def generate(context, builder, signature, arguments):
-            left = _constant(F32, 0.0, lanes) if first else _load(builder, arguments[0], F32, lanes)
-            _store(builder, arguments[0], builder.fadd(left, _load(builder, arguments[1], F32, lanes)))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), generate
-
-    return add
-
-
-begin_16, begin_1 = _adder(LANES, first=True), _adder(1, first=True)
-add_16, add_1 = _adder(LANES, first=False), _adder(1, first=False)
 bf16_16, bf16_1 = _bf16(LANES), _bf16(1)
 fp8_16, fp8_1 = _fp8(LANES), _fp8(1)
 int8_16, int8_1 = _int8(LANES), _int8(1)
@@ -299,27 +282,3 @@ def gather_int4(records, size, ids, count, out, width):
             int4_2(destination + 4 * k, source + k // 2, scale)
         if pairs < width:
             int4_1(destination + 4 * pairs, source + pairs // 2, scale)
-
-
-@_compiled
-def sum_segments(gradient, width, order, starts, segments, total, out):
-    """out[s] = ((0 + g[order[a]]) + g[order[a + 1]]) + ... for the places a of segment s."""
-    whole, size = width // LANES * LANES, 4 * width
-    for s in range(segments):
-        first = load_i64(starts + 8 * s)
-        end = load_i64(starts + 8 * (s + 1)) if s + 1 < segments else total
-        destination = out + s * size
-        for a in range(first, end):
-            if a + AHEAD < total:
-                _fetch(gradient + load_i64(order + 8 * (a + AHEAD)) * size, size)
-            source = gradient + load_i64(order + 8 * a) * size
-            if a == first:
-                for k in range(0, whole, LANES):
-                    begin_16(destination + 4 * k, source + 4 * k)
-                for k in range(whole, width):
-                    begin_1(destination + 4 * k, source + 4 * k)
-            else:
-                for k in range(0, whole, LANES):
-                    add_16(destination + 4 * k, source + 4 * k)
-                for k in range(whole, width):
-                    add_1(destination + 4 * k, source + 4 * k)

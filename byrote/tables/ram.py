@@ -1,9 +1,12 @@
-"""Rows in RAM: one contiguous [R, W] tensor, and rule state for the rows that were ever updated.
+"""Rows in RAM: one contiguous tensor of records, and rule state for the rows that were ever updated.
+
+A record is a row as the codec stores it (`byrote.tables.codecs`): `rows` is [R, W] for fp32 and bf16, and bytes [R, B]
+for the packed codecs. Reading decodes, writing encodes.
 
 Rule state lives in arrays of one entry a *touched* row, which grow by doubling, and a directory of four bytes a
 row says where (0 = never touched). Saved files are plain safetensors, readable by anything:
 
-- rows:  tensor `rows` [R, W];  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
+- rows:  tensor `rows` [R, W] or [R, B];  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
 - state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]; the same metadata
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from byrote.tables import gather
+from byrote.tables.codecs import CODECS
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
-CODECS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
 
 class RamTable:
@@ -41,6 +47,7 @@ class RamTable:
         if codec not in CODECS:
             raise ValueError(f"codec must be one of {sorted(CODECS)}, got {codec!r}")
         self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
+        self._codec = CODECS[codec]
         self.generation = 0
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
@@ -58,17 +65,28 @@ class RamTable:
 
     @property
     def rows(self) -> Tensor:
-        """All rows [R, W] in the storage dtype; drawn on first use."""
+        """All rows as they are stored, [R, W] or [R, B]; drawn on first use."""
         if self._rows is None:
             generator = torch.Generator().manual_seed(self._seed)
-            rows = torch.empty(self.num_rows, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
-            self._rows = rows.to(CODECS[self.codec])
+            dtype = self._codec.dtype
+            stored = self._codec.record_bytes(self.width) // dtype.itemsize
+            rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
+            for part in rows.split(DRAWN):
+                values = torch.empty(len(part), self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+                part.copy_(self._codec.encode(values, generator).view(dtype))
+            self._rows = rows
         return self._rows
+
+    @property
+    def _records(self) -> Tensor:
+        return self.rows.view(torch.uint8)
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
-        values = self.rows.index_select(0, rows.reshape(-1).cpu()).float()
+        ids = rows.reshape(-1).cpu().contiguous()
+        values = torch.empty(len(ids), self.width, device="cpu")
+        gather.decode(self._records, ids, self._codec, values)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 
     @torch.no_grad()
@@ -87,9 +105,15 @@ class RamTable:
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
         if state is not None:
             self._check_state(rows, state)
-        self.rows.index_copy_(0, rows.cpu(), values.to("cpu", self.rows.dtype))
+        records = self._codec.encode(values.to("cpu", torch.float32), self._chance())
+        gather.scatter(self._records, rows.cpu().contiguous(), records)
         if state is not None:
             self._write_state(rows.cpu(), state)
+
+    def _chance(self) -> torch.Generator:
+        """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
+        # One number of 32 bits: a CPU generator takes no more of its seed.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.digest} {self.generation}".encode()))
 
     def _check_state(self, rows: Tensor, state: RowState) -> None:
         lengths = {name: value.shape[0] for name, value in state.items()}
@@ -121,7 +145,7 @@ class RamTable:
             "num_rows": self.num_rows,
             "width": self.width,
             "codec": self.codec,
-            "bytes": self.num_rows * self.width * CODECS[self.codec].itemsize,
+            "bytes": self.num_rows * self._codec.record_bytes(self.width),
             "generation": self.generation,
             "rows_touched": self._touched,
             "state_bytes": state_bytes + (0 if self._directory is None else 4 * self.num_rows),
@@ -166,11 +190,11 @@ class RamTable:
                     "the table was made for another address spec or config"
                 )
         table = cls(num_rows, width, digest=digest, codec=header["codec"])
-        rows = arrays.get("rows")
-        if rows is None or rows.dtype != CODECS[table.codec] or list(rows.shape) != [num_rows, width]:
+        rows, dtype = arrays.get("rows"), table._codec.dtype
+        shape = [num_rows, table._codec.record_bytes(width) // dtype.itemsize]
+        if rows is None or rows.dtype != dtype or list(rows.shape) != shape:
             found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
-            wanted = f"{CODECS[table.codec]} {[num_rows, width]}"
-            raise ValueError(f"{path}: tensor 'rows' must be {wanted} as its header says, got {found}")
+            raise ValueError(f"{path}: tensor 'rows' must be {dtype} {shape} as its header says, got {found}")
         table._rows, table.generation = rows, int(header["generation"])
         return table
 

@@ -16,16 +16,43 @@ gradients one after the other. Two other readings of "Adam on a sparse table" we
 A gradient of a row exists only when its n-gram occurs, so the moments are statistics over occurrences.
 The Engram paper (section 4.1, table 5) asks for Adam at 5x the backbone's rate without weight decay and says
 nothing of the clock.
+
+Row-wise Adagrad (Duchi et al. 2011, with one sum a row as in FBGEMM and DLRM; 4 bytes of state a row):
+
+    v <- v + mean(g^2)              row <- row - lr * g / (sqrt(v) + eps)
+
+Momentum with Sinkhorn balancing (DeepSeek-V4.1 report, sections 2.5, 3.1.3 and 4.2.2), over the U touched rows:
+
+    M <- b M + (1 - b) G            U <- b M + (1 - b) G                (Nesterov)
+    rows of U whose norm is at most tau times the mean norm become 0
+    K times, K odd: divide U by the L2 norm + eps of each row (odd times) or of each column (even times)
+    row <- row - gamma * lr * sqrt(W) * U
+
+Its result depends on which rows are touched together: the mean norm and the columns are those of one step's rows.
+The report balances a whole table; here a row that is not touched stands still, with its momentum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from byrote.tables.table import RowState, StateFields
+
+
+class RowRule(Protocol):
+    """What an update rule offers. U touched rows of W values, all float32; the inputs stay as they are."""
+
+    def fields(self, width: int) -> StateFields:
+        """Names and per-row shapes of the state that the table keeps beside each touched row."""
+        ...
+
+    def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        """New values [U, W] and state of U rows from their summed gradient [U, W]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +70,13 @@ class LazyAdam:
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm must be positive or None, got {self.max_norm}")
+        _check_max_norm(self.max_norm)
 
     def fields(self, width: int) -> StateFields:
-        """Names and per-row shapes of the state that the table keeps beside each touched row."""
         return {"exp_avg": (width,), "exp_avg_sq": (width,), "touches": ()}
 
     def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
-        """New values [U, W] and state of U rows from their summed gradient [U, W], all float32."""
-        if self.max_norm is not None:
-            norm = gradient.norm(dim=1, keepdim=True)
-            gradient = gradient * (self.max_norm / norm.clamp_min(self.max_norm))
+        gradient = _clipped(gradient, self.max_norm)
         beta1, beta2 = self.betas
         touches = state["touches"] + 1
         exp_avg = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
@@ -64,3 +86,66 @@ class LazyAdam:
         denominator = (exp_avg_sq / correction2).sqrt_().add_(self.eps)
         values = torch.addcdiv(values, exp_avg / correction1, denominator, value=-rate)
         return values, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "touches": touches}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAdagrad:
+    """Adagrad with one float32 of state a row; the rate falls as 1 / sqrt(touches). `max_norm` as in LazyAdam."""
+
+    eps: float = 1e-8
+    max_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_max_norm(self.max_norm)
+
+    def fields(self, width: int) -> StateFields:
+        return {"sum_sq": ()}
+
+    def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        gradient = _clipped(gradient, self.max_norm)
+        sum_sq = state["sum_sq"] + gradient.square().mean(1)
+        return torch.addcdiv(values, gradient, (sum_sq.sqrt() + self.eps)[:, None], value=-rate), {"sum_sq": sum_sq}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkhornMomentum:
+    """Momentum whose step has the same length in every touched row, and equal weight in every column.
+
+    There is no `max_norm`: how long a gradient is counts only against the row's own earlier gradients.
+    """
+
+    beta: float = 0.95
+    gamma: float = 0.18
+    iterations: int = 11
+    threshold: float = 1e-3  # tau
+    eps: float = 1e-20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
+        if self.iterations < 1 or self.iterations % 2 == 0:
+            raise ValueError(f"iterations must be odd, to end with the rows, got {self.iterations}")
+
+    def fields(self, width: int) -> StateFields:
+        return {"momentum": (width,)}
+
+    def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        momentum = torch.lerp(state["momentum"], gradient, 1 - self.beta)
+        step = torch.lerp(momentum, gradient, 1 - self.beta)
+        norms = step.norm(dim=1, keepdim=True)
+        step = torch.where(norms > self.threshold * norms.mean(), step, 0)
+        for i in range(self.iterations):
+            step = step / (step.norm(dim=1 - i % 2, keepdim=True) + self.eps)
+        length = self.gamma * rate * values.shape[1] ** 0.5
+        return torch.add(values, step, alpha=-length), {"momentum": momentum}
+
+
+def _clipped(gradient: Tensor, max_norm: float | None) -> Tensor:
+    if max_norm is None:
+        return gradient
+    return gradient * (max_norm / gradient.norm(dim=1, keepdim=True).clamp_min(max_norm))
+
+
+def _check_max_norm(max_norm: float | None) -> None:
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
