@@ -6,8 +6,9 @@ for the packed codecs. Reading decodes, writing encodes.
 Rule state lives in arrays of one entry a *touched* row, which grow by doubling, and a directory of four bytes a
 row says where (0 = never touched). Saved files are plain safetensors, readable by anything:
 
-- rows:  tensor `rows` [R, W] or [R, B];  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
-- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]; the same metadata
+- rows:  tensor `rows` [R, W] or [R, B]
+- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
+- both:  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
 """
 
 from __future__ import annotations

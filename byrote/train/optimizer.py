@@ -38,8 +38,9 @@ class Optimizer(torch.optim.Optimizer):
     """For any model that holds `byrote.memory.Memory` modules; also for one that holds none.
 
     `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
-    one row's gradient; `row_rule`: adam, adagrad or sinkhorn (`byrote.tables.rules`). `router_bias_rate`: step of the loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the
-    rule of the hidden matrices, AdamW's where there is none; `muon_rate`: their rate as a multiple of `lr`.
+    one row's gradient. `row_rule`: adam, adagrad or sinkhorn (`byrote.tables.rules`). `router_bias_rate`: step of the
+    loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the rule of the hidden matrices, AdamW's where there is
+    none; `muon_rate`: their rate as a multiple of `lr`.
 
     After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
     """
@@ -234,7 +235,9 @@ def _row_rule(name: str, betas: tuple[float, float], eps: float, max_norm: float
     if name != "sinkhorn":
         raise ValueError(f"row_rule is {name!r}; it must be one of adam, adagrad, sinkhorn")
     if max_norm is not None:
-        raise ValueError("row_max_norm has no effect under row_rule='sinkhorn', whose steps all have one length: drop it")
+        raise ValueError(
+            "row_max_norm has no effect under row_rule='sinkhorn', whose steps all have one length: drop it"
+        )
     return SinkhornMomentum()
 
 
