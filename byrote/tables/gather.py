@@ -61,6 +61,15 @@ def scatter_twin(records: Tensor, ids: Tensor, new: Tensor) -> None:
     records.index_copy_(0, ids, new)
 
 
+def nonzero_rows(values: Tensor) -> Tensor:
+    """Bool [U]: the rows [U, W] that are not all zero. On any device."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or not values.is_contiguous():
+        return values.any(dim=1)
+    marks = torch.empty(len(values), dtype=torch.bool)
+    _kernels().nonzero_rows(values.data_ptr(), *values.shape, marks.numpy())
+    return marks
+
+
 def _kernels() -> Any:
     from byrote.tables import kernels
 

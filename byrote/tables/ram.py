@@ -26,6 +26,7 @@ from torch import Tensor
 
 from byrote.tables import gather
 from byrote.tables.codecs import CODECS
+from byrote.tables.rules import InPlaceRule
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 FORMAT_VERSION = 1
@@ -111,6 +112,20 @@ class RamTable:
         if state is not None:
             self._write_state(rows.cpu(), state)
 
+    @torch.no_grad()
+    def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
+        """`read`, the rule and `write` in one, without a copy where rows are stored as float32."""
+        check_row_ids(rows, self.num_rows)
+        if gradient.shape != (len(rows), self.width):
+            raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
+        entries = self._entries(rows, rule.fields(self.width))
+        if self._codec.dtype == torch.float32:
+            rule.update_in_place(self.rows, rows.contiguous(), self._state, entries, gradient, rate)
+            return
+        values = self.read(rows)
+        rule.update_in_place(values, torch.arange(len(rows)), self._state, entries, gradient, rate)
+        self.write(rows, values)
+
     def _chance(self) -> torch.Generator:
         """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
         # One number of 32 bits: a CPU generator takes no more of its seed.
@@ -123,7 +138,13 @@ class RamTable:
         self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
 
     def _write_state(self, rows: Tensor, state: RowState) -> None:
-        self._open_state({name: tuple(value.shape[1:]) for name, value in state.items()})
+        entries = self._entries(rows, {name: tuple(value.shape[1:]) for name, value in state.items()})
+        for name, value in state.items():
+            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
+
+    def _entries(self, rows: Tensor, fields: StateFields) -> Tensor:
+        """Where the state of rows lies in its arrays; those that have none yet get a place."""
+        self._open_state(fields)
         assert self._directory is not None
         entries = self._directory.index_select(0, rows).long()
         fresh = entries == 0
@@ -133,8 +154,7 @@ class RamTable:
             self._directory.index_copy_(0, rows[fresh], entries[fresh].int())
             self._touched += num_fresh
             self._grow(self._touched + 1)
-        for name, value in state.items():
-            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
+        return entries
 
     def commit(self) -> int:
         self.generation += 1

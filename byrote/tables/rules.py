@@ -1,5 +1,8 @@
 """Row update rules: pure functions from (values, state, gradient, rate) of touched rows to new values and state.
 
+`update_rows` applies one to a table. Adam and Adagrad also have a compiled form that changes rows and state where they
+are; it is what runs on a CPU, on a table's own arrays or on copies, so that every placement gives the same bits.
+
 Lazy Adam (Kingma & Ba 2015, algorithm 1), each row on its own clock. With t = how often this row was touched:
 
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2          t <- t + 1
@@ -35,12 +38,12 @@ The report balances a whole table; here a row that is not touched stands still, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from byrote.tables.table import RowState, StateFields
+from byrote.tables.table import RowState, StateFields, Table
 
 
 class RowRule(Protocol):
@@ -53,6 +56,36 @@ class RowRule(Protocol):
     def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
         """New values [U, W] and state of U rows from their summed gradient [U, W]."""
         ...
+
+
+@runtime_checkable
+class InPlaceRule(RowRule, Protocol):
+    def update_in_place(
+        self, values: Tensor, ids: Tensor, state: RowState, entries: Tensor, gradient: Tensor, rate: float
+    ) -> None:
+        """Change the rows ids [U] of `values` and the entries [U] of every array of `state`; all on the CPU."""
+        ...
+
+
+@runtime_checkable
+class InPlaceTable(Protocol):
+    def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None: ...
+
+
+def update_rows(table: Table, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
+    """One step of unique rows [U] by their summed gradient [U, W]."""
+    if isinstance(rule, InPlaceRule):
+        rows, gradient = rows.cpu(), gradient.cpu().contiguous()
+        if isinstance(table, InPlaceTable):
+            table.update(rule, rows, gradient, rate)
+            return
+    values, state = table.read(rows), table.read_state(rows, rule.fields(table.width))
+    if isinstance(rule, InPlaceRule):
+        places = torch.arange(len(rows))
+        rule.update_in_place(values, places, state, places, gradient, rate)
+    else:
+        values, state = rule.update(values, state, gradient, rate)
+    table.write(rows, values, state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +120,16 @@ class LazyAdam:
         values = torch.addcdiv(values, exp_avg / correction1, denominator, value=-rate)
         return values, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "touches": touches}
 
+    def update_in_place(
+        self, values: Tensor, ids: Tensor, state: RowState, entries: Tensor, gradient: Tensor, rate: float
+    ) -> None:
+        gradient = _clipped(gradient, self.max_norm)
+        touches = state["touches"].index_select(0, entries) + 1
+        state["touches"].index_copy_(0, entries, touches)
+        corrections = torch.stack([1 - beta**touches for beta in self.betas], 1)
+        arrays = (values, ids, state["exp_avg"], state["exp_avg_sq"], entries, gradient, corrections)
+        _kernels().update_adam(*_addresses(arrays), *gradient.shape, *self.betas, self.eps, rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowAdagrad:
@@ -105,6 +148,15 @@ class RowAdagrad:
         gradient = _clipped(gradient, self.max_norm)
         sum_sq = state["sum_sq"] + gradient.square().mean(1)
         return torch.addcdiv(values, gradient, (sum_sq.sqrt() + self.eps)[:, None], value=-rate), {"sum_sq": sum_sq}
+
+    def update_in_place(
+        self, values: Tensor, ids: Tensor, state: RowState, entries: Tensor, gradient: Tensor, rate: float
+    ) -> None:
+        gradient = _clipped(gradient, self.max_norm)
+        sum_sq = state["sum_sq"].index_select(0, entries) + gradient.square().mean(1)
+        state["sum_sq"].index_copy_(0, entries, sum_sq)
+        factors = -rate / (sum_sq.sqrt() + self.eps)
+        _kernels().update_step(*_addresses((values, ids, gradient, factors)), *gradient.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +201,15 @@ def _clipped(gradient: Tensor, max_norm: float | None) -> Tensor:
 def _check_max_norm(max_norm: float | None) -> None:
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+
+
+def _addresses(arrays: tuple[Tensor, ...]) -> list[int]:
+    for array in arrays:
+        assert array.is_contiguous() and array.device.type == "cpu" and array.dtype in (torch.float32, torch.int64)
+    return [array.data_ptr() for array in arrays]
+
+
+def _kernels() -> Any:
+    from byrote.tables import kernels
+
+    return kernels

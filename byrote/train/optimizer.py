@@ -31,6 +31,7 @@ from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
+from byrote.tables.rules import update_rows
 from byrote.train.muon import Muon
 
 
@@ -207,7 +208,9 @@ class Optimizer(torch.optim.Optimizer):
                 taken.append((memory, rows, gradient))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
         for _, rows, gradient in taken:
-            if bad := int((~gradient.isfinite()).any(dim=1).sum()):
+            ends = torch.stack(torch.aminmax(gradient))  # one pass; both are NaN if anything is
+            if not ends.isfinite().all():
+                bad = int((~gradient.isfinite()).any(dim=1).sum())
                 raise RuntimeError(
                     f"{bad} of {rows.numel()} row gradients are not finite; nothing was changed. "
                     "Lower the learning rate, or zero the gradients and skip this batch"
@@ -218,10 +221,7 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
         for memory, rows, gradient in row_gradients:
-            table = memory.table
-            state = table.read_state(rows, self.rule.fields(table.width))
-            values, state = self.rule.update(table.read(rows), state, gradient, rates[id(memory.anchor)])
-            table.write(rows, values, state)
+            update_rows(memory.table, self.rule, rows, gradient, rates[id(memory.anchor)])
             memory.commit()
             self.rows_touched += rows.numel()
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1

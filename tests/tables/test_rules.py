@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum
+from byrote.tables.rules import update_rows
 
 ROWS, WIDTH = 5, 3
 touches = st.lists(st.sets(st.integers(0, ROWS - 1)), min_size=1, max_size=12)
@@ -16,6 +17,13 @@ touches = st.lists(st.sets(st.integers(0, ROWS - 1)), min_size=1, max_size=12)
 def step(table, rule, rows, gradient, rate):
     state = table.read_state(rows, rule.fields(table.width))
     table.write(rows, *rule.update(table.read(rows), state, gradient, rate))
+
+
+class Plain:
+    """A table that offers only what the protocol asks for."""
+
+    def __init__(self, table):
+        self.width, self.read, self.read_state, self.write = table.width, table.read, table.read_state, table.write
 
 
 def gradients(seed, count):
@@ -181,3 +189,43 @@ def test_bytes_of_state(rule, per_row):
 def test_sinkhorn_refuses(field, value):
     with pytest.raises(ValueError, match=field):
         SinkhornMomentum(**{field: value})
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "rule",
+    [LazyAdam(), LazyAdam(max_norm=0.5, betas=(0.0, 0.5)), RowAdagrad(), RowAdagrad(max_norm=0.5), SinkhornMomentum()],
+)
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_update_rows_is_the_rule(rule, codec, width):
+    """Within rounding of the plain rule, and to the bit the same in place and through `read` and `write`."""
+    tables = [RamTable(300, width, digest="", std=1.0, codec=codec) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(4):
+        rows = torch.randperm(300, generator=generator)[: 60 + number]
+        gradient = torch.randn(len(rows), width, generator=generator)
+        before = gradient.clone()
+        update_rows(tables[0], rule, rows, gradient, 0.1)
+        update_rows(Plain(tables[1]), rule, rows, gradient, 0.1)
+        assert torch.equal(gradient, before)
+        if codec == "fp32":
+            step(tables[2], rule, rows, gradient, 0.1)
+    everything = torch.arange(300)
+    states = [table.read_state(everything, rule.fields(width)) for table in tables]
+    assert torch.equal(tables[0].rows, tables[1].rows)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    if codec == "fp32":
+        torch.testing.assert_close(tables[0].rows, tables[2].rows, atol=1e-5, rtol=1e-5)
+        for name, value in states[2].items():
+            torch.testing.assert_close(states[0][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_an_update_in_place_is_checked():
+    table = RamTable(ROWS, WIDTH, digest="")
+    for rows, width in ((torch.tensor([ROWS]), WIDTH), (torch.tensor([0]), WIDTH + 1), (torch.tensor([0, 1]), WIDTH)):
+        with pytest.raises(ValueError, match=r"row ids|gradient must be"):
+            update_rows(table, LazyAdam(), rows, torch.ones(1, width), 0.1)
+    update_rows(table, LazyAdam(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
+    with pytest.raises(ValueError, match="the table keeps rule state"):
+        update_rows(table, RowAdagrad(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
+    assert table.stats()["rows_touched"] == 1
