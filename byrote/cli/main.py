@@ -14,6 +14,7 @@ from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
+from byrote.cli.table import table
 from byrote.cli.train import train
 
 
@@ -46,3 +47,4 @@ def byrote() -> None:
 for _verb in (demo, data, train, generate, gates, info, conformance):
     app.command()(_verb)
 app.add_typer(lab, name="lab")
+app.add_typer(table, name="table")
