@@ -1,7 +1,7 @@
 """WHERE: token ids to row ids. Integers only, no parameters and no floats."""
 
 from byrote.address.contracts import deepseek_v41, engram
-from byrote.address.hashing import DEAD, canonical_ids, hash_windows, next_tail, windows
+from byrote.address.hashing import DEAD, canonical_ids, hash_rows, hash_windows, next_tail, windows
 from byrote.address.spec import AddressSpec, LayerAddress
 from byrote.address.vocabulary import compress, normalize, vocabulary_digest
 
@@ -13,6 +13,7 @@ __all__ = [
     "compress",
     "deepseek_v41",
     "engram",
+    "hash_rows",
     "hash_windows",
     "next_tail",
     "normalize",

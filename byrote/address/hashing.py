@@ -5,6 +5,7 @@ For B rows of T new tokens, orders up to N, `columns` = (N - 1) * heads:
     canonical_ids  raw ids [B, T]               -> ids [B, T]               P[x]; DEAD where not alive
     windows        ids [B, T], tail [B, N - 1]  -> windows [B, T, N]        column j: the token j places back
     hash_windows   windows [B, T, N]            -> row ids [B, T, columns]  offsets included
+    hash_rows      the same for torch tensors, compiled on a CPU
     next_tail      ids [B, T], tail [B, N - 1]  -> tail [B, N - 1]          of the next call, newest last
 
 A window ends at the start of the document and at the first dead token: that place and all places further back
@@ -71,10 +72,7 @@ def windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Ar
 
 def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
     xp = _namespace(windows)
-    if windows.shape[-1] != len(layer.multipliers):
-        raise ValueError(
-            f"windows has {windows.shape[-1]} places; layer {layer.layer_id} needs max_order = {len(layer.multipliers)}"
-        )
+    _check_order(windows, layer)
     ids = xp.where(windows == DEAD, pad_id, windows)
     mix = ids[..., 0] * layer.multipliers[0]
     mixes = []
@@ -86,6 +84,20 @@ def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
     primes, offsets = constants(layer, windows.device if isinstance(windows, torch.Tensor) else None)
     hashes = xp.remainder(xp.stack(mixes, -1)[..., None], primes)
     return hashes.reshape(*windows.shape[:-1], layer.columns) + offsets
+
+
+def hash_rows(windows: torch.Tensor, layer: LayerAddress, pad_id: int) -> torch.Tensor:
+    """`hash_windows` of a tensor, by a compiled loop where it lies in host memory and no graph is traced."""
+    if type(windows) is not torch.Tensor or windows.device.type != "cpu" or torch.compiler.is_compiling():
+        return hash_windows(windows, layer, pad_id)
+    _check_order(windows, layer)
+    from byrote.address import kernels
+
+    multipliers, primes, offsets = _tables(layer)
+    rows = torch.empty(*windows.shape[:-1], layer.columns, dtype=torch.int64)
+    flat, out = windows.reshape(-1, len(multipliers)).contiguous(), rows.view(-1, layer.columns)
+    kernels.hash_windows(flat.numpy(), multipliers, primes, offsets, pad_id, out.numpy())
+    return rows
 
 
 def next_tail(ids: Array, starts: Array, tail: Array) -> Array:
@@ -123,6 +135,18 @@ def _constants(layer: LayerAddress, device: torch.device | None) -> tuple[Any, A
     if device is None:
         return np.array(layer.primes, dtype=np.int64), np.array(layer.offsets, dtype=np.int64)
     return torch.tensor(layer.primes, device=device), torch.tensor(layer.offsets, device=device)
+
+
+@functools.lru_cache
+def _tables(layer: LayerAddress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return (np.array(layer.multipliers, dtype=np.int64), *_constants(layer, None))
+
+
+def _check_order(windows: Any, layer: LayerAddress) -> None:
+    if windows.shape[-1] != len(layer.multipliers):
+        raise ValueError(
+            f"windows has {windows.shape[-1]} places; layer {layer.layer_id} needs max_order = {len(layer.multipliers)}"
+        )
 
 
 def _check_mask(name: str, mask: Array, ids: Array) -> None:

@@ -1,5 +1,6 @@
 """`byrote table`: look at tables and measure them."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -71,3 +72,42 @@ def stats(
         console.print(shown)
     save_curves(curves, out, f"{chosen.data.corpus}, layer {layer.layer_id}, {batch} tokens at a time")
     console.print(f"{out}/hit_rates.png, hit_rates.json", soft_wrap=True)
+
+
+@table.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small tables: seconds, not minutes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
+) -> None:
+    """Measure tables against what else there is, on one core: one line each, as it comes; then a table."""
+    import platform
+
+    import torch
+    from rich.table import Table
+
+    from byrote.lab.table_bench import Options, run, state_bytes
+
+    console = Console()
+    shown = Table(box=None, pad_edge=False)
+    for column in ("what", "against", "ms", "theirs", "times as fast", "range", "at least", ""):
+        shown.add_column(column, justify="left" if column in ("what", "against", "") else "right")
+    rows = []
+    with console.status("measuring"):
+        for row in run(Options(quick)):
+            rows.append(row)
+            target = "" if row.target is None else f"{row.target:g}"
+            verdict = {None: "reported", True: "met", False: "not met"}[row.met]
+            spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
+            numbers = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", spread, target, verdict)
+            shown.add_row(row.what, row.against, *numbers)
+    sizes = state_bytes()
+    console.print(shown)
+    for size in sizes:
+        console.print(
+            f"state of {size['rule']}: {size['bytes']:.3f} bytes for each {size['of each']} ({size['target']})",
+            highlight=False,
+        )
+    if json_file:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+        content = {"machine": machine, "quick": quick, "rows": [row.to_dict() for row in rows], "state": sizes}
+        json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from byrote.tables.gather import nonzero_rows
 from byrote.tables.table import Table
 
 
@@ -46,8 +47,10 @@ class Pending:
         rows, gradient = (
             parts[0] if len(parts) == 1 else sum_rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
         )
-        touched = gradient.any(dim=1)
-        return (rows[touched], gradient[touched]) if touched.any() else None
+        touched = nonzero_rows(gradient)
+        if not touched.any():
+            return None
+        return (rows, gradient) if touched.all() else (rows[touched], gradient[touched])
 
 
 def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

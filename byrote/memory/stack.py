@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from byrote.address.hashing import DEAD, canonical_ids, hash_windows, windows
+from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
 from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory.lookup import Lookup, Ticket
@@ -116,7 +116,7 @@ class MemoryStack(nn.Module):
         tail = ids.new_full((ids.shape[0], self.spec.max_order - 1), DEAD) if state is None else state.tails["ids"]
         window = windows(ids, sequence.starts, tail, self.spec.max_order)
         tickets = {
-            layer_id: memory.ticket(hash_windows(window, self.spec.layer(layer_id), self.spec.pad_id))
+            layer_id: memory.ticket(hash_rows(window, self.spec.layer(layer_id), self.spec.pad_id))
             for layer_id, memory in self.items()
         }
         if state is not None:

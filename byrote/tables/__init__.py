@@ -1,7 +1,8 @@
-"""Rows and nothing else: where they live, how they are read, written and updated."""
+"""Rows and nothing else: where they live, how they are stored, read, written and updated."""
 
+from byrote.tables.codecs import CODECS, Codec
 from byrote.tables.ram import RamTable
-from byrote.tables.rules import LazyAdam
+from byrote.tables.rules import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
 from byrote.tables.table import Table
 
-__all__ = ["LazyAdam", "RamTable", "Table"]
+__all__ = ["CODECS", "Codec", "LazyAdam", "RamTable", "RowAdagrad", "RowRule", "SinkhornMomentum", "Table"]

@@ -119,7 +119,7 @@ class CachedTable:
 
     def __init__(self, base: Table, budget: int) -> None:
         self.base = base
-        self._dtype = torch.bfloat16 if base.stats().get("codec") == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if str(base.stats().get("codec")).startswith("bf16") else torch.float32
         bookkeeping = 8 + 2 * 8  # the row id, and the counters at their largest
         self.places = Places(min(budget // (base.width * self._dtype.itemsize + bookkeeping), base.num_rows + WAYS))
         self._values = torch.zeros(self.places.rows.size, base.width, dtype=self._dtype)

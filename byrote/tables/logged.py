@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byrote.tables.codecs import CODECS, Codec
 from byrote.tables.log import RowLog
 from byrote.tables.mapped import MappedTable
-from byrote.tables.ram import CODECS, FORMAT_VERSION, RamTable, _load
+from byrote.tables.ram import FORMAT_VERSION, RamTable, _load, chance
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
@@ -115,7 +116,8 @@ class LoggedTable:
             records[:, 0] = 1
             for name, (begin, end) in self._places().items():
                 records[:, begin:end] = _bytes(state[name].to("cpu", torch.float32), end - begin)
-        records[:, 1 : 1 + self._value_bytes] = _bytes(values.to("cpu", CODECS[self.codec]), self._value_bytes)
+        stored = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
+        records[:, 1 : 1 + self._value_bytes] = stored.numpy()
         self.log.write(ids, records)
 
     def commit(self) -> int:
@@ -139,9 +141,13 @@ class LoggedTable:
         def chunks() -> Iterator[Tensor]:
             step = max(1, CHUNK_BYTES // self.log.record_bytes)
             for at in range(0, self.num_rows, step):
-                yield self.read(torch.arange(at, min(at + step, self.num_rows))).to(CODECS[self.codec])
+                values = self.read(torch.arange(at, min(at + step, self.num_rows)))
+                # What was decoded is encoded without loss, by chance or not.
+                yield self._codec.encode(values, chance(self.digest, self.generation)).view(dtype)
 
-        _stream(path, {"rows": (CODECS[self.codec], (self.num_rows, self.width), chunks)}, self._header())
+        dtype = self._codec.dtype
+        shape = (self.num_rows, self._value_bytes // dtype.itemsize)
+        _stream(path, {"rows": (dtype, shape, chunks)}, self._header())
 
     def save_state(self, path: Path) -> None:
         touched = torch.from_numpy(self._with_state())
@@ -192,7 +198,11 @@ class LoggedTable:
 
     @property
     def _value_bytes(self) -> int:
-        return self.width * CODECS[self.codec].itemsize
+        return self._codec.record_bytes(self.width)
+
+    @property
+    def _codec(self) -> Codec:
+        return CODECS[self.codec]
 
     def _places(self) -> dict[str, tuple[int, int]]:
         at, places = 1 + self._value_bytes, {}
@@ -201,8 +211,7 @@ class LoggedTable:
         return places
 
     def _decode(self, records: np.ndarray) -> Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(records).reshape(-1)).view(CODECS[self.codec])
-        return values.float().view(len(records), self.width)
+        return self._codec.decode(torch.from_numpy(np.ascontiguousarray(records)), self.width)
 
     def _field(self, records: np.ndarray, name: str) -> Tensor:
         begin, end = self._places()[name]
@@ -223,7 +232,7 @@ class LoggedTable:
 
 
 def _record_bytes(base: Any, fields: StateFields) -> int:
-    return int(1 + base.width * CODECS[base.codec].itemsize + sum(4 * math.prod(s) for s in fields.values()))
+    return int(1 + CODECS[base.codec].record_bytes(base.width) + sum(4 * math.prod(s) for s in fields.values()))
 
 
 def _bytes(values: Tensor, size: int) -> np.ndarray:
@@ -234,7 +243,7 @@ def _bytes(values: Tensor, size: int) -> np.ndarray:
 
 def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
     """A safetensors file of name -> (dtype, shape, chunks), written piece by piece; renamed when it is whole."""
-    names = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16"}
+    names = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
     content: dict[str, Any] = {"__metadata__": {"byrote": json.dumps(header)}}
     at = 0
     for name, (dtype, shape, _) in arrays.items():

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from byrote.tables.ram import CODECS
+from byrote.tables.codecs import CODECS
 from byrote.tables.table import check_row_ids
 
 
@@ -29,13 +29,14 @@ class MappedTable:
         self.path, self.codec = path, header["codec"]
         self.num_rows, self.width, self.digest = header["num_rows"], header["width"], header["digest"]
         self.generation = header["generation"]
-        shape = (self.num_rows, self.width * CODECS[self.codec].itemsize)
+        shape = (self.num_rows, CODECS[self.codec].record_bytes(self.width))
         self._records = np.memmap(path, np.uint8, "r", start, shape)
 
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
         records = torch.from_numpy(np.take(self._records, rows.reshape(-1).cpu().numpy(), axis=0))
-        return records.view(CODECS[self.codec]).float().view(*rows.shape, self.width).to(rows.device)
+        values = CODECS[self.codec].decode(records, self.width)
+        return values.view(*rows.shape, self.width).to(rows.device)
 
     def stats(self) -> dict[str, Any]:
         return {"num_rows": self.num_rows, "width": self.width, "codec": self.codec, "bytes": self._records.nbytes}

@@ -1,16 +1,21 @@
-"""Rows in RAM: one contiguous [R, W] tensor, and rule state for the rows that were ever updated.
+"""Rows in RAM: one contiguous tensor of records, and rule state for the rows that were ever updated.
+
+A record is a row as the codec stores it (`byrote.tables.codecs`): `rows` is [R, W] for fp32 and bf16, and bytes [R, B]
+for the packed codecs. Reading decodes, writing encodes.
 
 Rule state lives in arrays of one entry a *touched* row, which grow by doubling, and a directory of four bytes a
 row says where (0 = never touched). Saved files are plain safetensors, readable by anything:
 
-- rows:  tensor `rows` [R, W];  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
-- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]; the same metadata
+- rows:  tensor `rows` [R, W] or [R, B]
+- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
+- both:  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from byrote.tables import gather
+from byrote.tables.codecs import CODECS
+from byrote.tables.rules import InPlaceRule
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
-CODECS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
 
 class RamTable:
@@ -41,6 +49,7 @@ class RamTable:
         if codec not in CODECS:
             raise ValueError(f"codec must be one of {sorted(CODECS)}, got {codec!r}")
         self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
+        self._codec = CODECS[codec]
         self.generation = 0
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
@@ -58,18 +67,29 @@ class RamTable:
 
     @property
     def rows(self) -> Tensor:
-        """All rows [R, W] in the storage dtype; drawn on first use."""
+        """All rows as they are stored, [R, W] or [R, B]; drawn on first use."""
         if self._rows is None:
             generator = torch.Generator().manual_seed(self._seed)
-            rows = torch.empty(self.num_rows, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
-            self._rows = rows.to(CODECS[self.codec])
+            dtype = self._codec.dtype
+            stored = self._codec.record_bytes(self.width) // dtype.itemsize
+            rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
+            for part in rows.split(DRAWN):
+                values = torch.empty(len(part), self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+                part.copy_(self._codec.encode(values, generator).view(dtype))
+            self._rows = rows
         return self._rows
+
+    @property
+    def _records(self) -> Tensor:
+        return self.rows.view(torch.uint8)
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         here = rows.cpu()  # first of all, so that a device is waited for once
         check_row_ids(here, self.num_rows)
-        values = self.rows.index_select(0, here.reshape(-1)).float()
+        ids = here.reshape(-1).contiguous()
+        values = torch.empty(len(ids), self.width, device="cpu")
+        gather.decode(self._records, ids, self._codec, values)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 
     @torch.no_grad()
@@ -90,9 +110,24 @@ class RamTable:
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
         if state is not None:
             self._check_state(rows, state)
-        self.rows.index_copy_(0, here, values.to("cpu", self.rows.dtype))
+        records = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
+        gather.scatter(self._records, here.contiguous(), records)
         if state is not None:
             self._write_state(here, state)
+
+    @torch.no_grad()
+    def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
+        """`read`, the rule and `write` in one, without a copy where rows are stored as float32."""
+        check_row_ids(rows, self.num_rows)
+        if gradient.shape != (len(rows), self.width):
+            raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
+        entries = self._entries(rows, rule.fields(self.width))
+        if self._codec.dtype == torch.float32:
+            rule.update_in_place(self.rows, rows.contiguous(), self._state, entries, gradient, rate)
+            return
+        values = self.read(rows)
+        rule.update_in_place(values, torch.arange(len(rows)), self._state, entries, gradient, rate)
+        self.write(rows, values)
 
     def _check_state(self, rows: Tensor, state: RowState) -> None:
         lengths = {name: value.shape[0] for name, value in state.items()}
@@ -101,7 +136,13 @@ class RamTable:
         self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
 
     def _write_state(self, rows: Tensor, state: RowState) -> None:
-        self._open_state({name: tuple(value.shape[1:]) for name, value in state.items()})
+        entries = self._entries(rows, {name: tuple(value.shape[1:]) for name, value in state.items()})
+        for name, value in state.items():
+            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
+
+    def _entries(self, rows: Tensor, fields: StateFields) -> Tensor:
+        """Where the state of rows lies in its arrays; those that have none yet get a place."""
+        self._open_state(fields)
         assert self._directory is not None
         entries = self._directory.index_select(0, rows).long()
         fresh = entries == 0
@@ -111,8 +152,7 @@ class RamTable:
             self._directory.index_copy_(0, rows[fresh], entries[fresh].int())
             self._touched += num_fresh
             self._grow(self._touched + 1)
-        for name, value in state.items():
-            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
+        return entries
 
     def commit(self) -> int:
         self.generation += 1
@@ -124,7 +164,7 @@ class RamTable:
             "num_rows": self.num_rows,
             "width": self.width,
             "codec": self.codec,
-            "bytes": self.num_rows * self.width * CODECS[self.codec].itemsize,
+            "bytes": self.num_rows * self._codec.record_bytes(self.width),
             "generation": self.generation,
             "rows_touched": self._touched,
             "state_bytes": state_bytes + (0 if self._directory is None else 4 * self.num_rows),
@@ -169,11 +209,11 @@ class RamTable:
                     "the table was made for another address spec or config"
                 )
         table = cls(num_rows, width, digest=digest, codec=header["codec"])
-        rows = arrays.get("rows")
-        if rows is None or rows.dtype != CODECS[table.codec] or list(rows.shape) != [num_rows, width]:
+        rows, dtype = arrays.get("rows"), table._codec.dtype
+        shape = [num_rows, table._codec.record_bytes(width) // dtype.itemsize]
+        if rows is None or rows.dtype != dtype or list(rows.shape) != shape:
             found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
-            wanted = f"{CODECS[table.codec]} {[num_rows, width]}"
-            raise ValueError(f"{path}: tensor 'rows' must be {wanted} as its header says, got {found}")
+            raise ValueError(f"{path}: tensor 'rows' must be {dtype} {shape} as its header says, got {found}")
         table._rows, table.generation = rows, int(header["generation"])
         return table
 
@@ -197,6 +237,12 @@ class RamTable:
                 grown = array.new_zeros(capacity, *array.shape[1:])
                 grown[: array.shape[0]] = array
                 self._state[name] = grown
+
+
+def chance(digest: str, generation: int) -> torch.Generator:
+    """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
+    # One number of 32 bits: a CPU generator takes no more of its seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))
 
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:

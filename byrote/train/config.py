@@ -51,6 +51,7 @@ class TrainRecipe:
     micro_batch_size: int = 0  # rows in one forward; 0: all that a process holds
     optimizer: str = "adamw"  # or "muon": for the hidden matrices, AdamW for the rest
     learning_rate: float = 1e-3
+    row_rule: str = "adam"  # of the tables; or "adagrad", "sinkhorn"
     row_rate: float = 5.0  # the tables' rate, as a multiple
     muon_rate: float = 1.0  # the rate of Muon's matrices, as a multiple
     muon_coefficients: str = "hybrid"  # or "jordan": fewer iterations, looser
@@ -97,6 +98,7 @@ class TrainRecipe:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
         for name, allowed in {
             "optimizer": ("adamw", "muon"),
+            "row_rule": ("adam", "adagrad", "sinkhorn"),
             "muon_coefficients": ("hybrid", "jordan"),
             "schedule": ("cosine", "constant", "step", "wsd"),
             "precision": ("float32", "bfloat16"),

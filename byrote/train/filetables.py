@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from byrote.tables import LazyAdam
 from byrote.tables.logged import LoggedTable, open_base
+from byrote.tables.rules import RowRule
 
 
 def logged_tables(model: Any) -> dict[int, LoggedTable]:
@@ -29,7 +29,7 @@ def logged_tables(model: Any) -> dict[int, LoggedTable]:
     return {layer: table for layer, table in tables.items() if isinstance(table, LoggedTable)}
 
 
-def begin(model: Any, run: Path, rule: LazyAdam) -> None:
+def begin(model: Any, run: Path, rule: RowRule) -> None:
     """Write the model's tables to the run folder, and train them from there."""
     refuse_processes()
     if model.memory_stack is None:

@@ -4,7 +4,8 @@
     adamw    matrices; and, without decay, the embedding,    AdamW (torch's own functional form)
              gains, biases, scales, the short convolution
     muon     if asked for: the hidden matrices               Muon; each block of a fused matrix on its own
-    rows     the anchors of the tables                       LazyAdam on the touched rows, 5x the rate, no decay
+    rows     the anchors of the tables                       the row rule, LazyAdam unless asked for another, on the
+                                                             touched rows, 5x the rate, no decay
 
 Hidden matrices are all 2-D weights (the router's too) and the stacked experts, but neither the embedding nor the
 head that `get_output_embeddings` names. Fused: gate and up of the stacked experts, the keys of an Engram's streams.
@@ -29,7 +30,8 @@ from byrote.memory.exchange import mean_over_ranks
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
-from byrote.tables import LazyAdam
+from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
+from byrote.tables.rules import update_rows
 from byrote.train.muon import Muon
 
 
@@ -37,8 +39,9 @@ class Optimizer(torch.optim.Optimizer):
     """For any model that holds `byrote.memory.Memory` modules; also for one that holds none.
 
     `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
-    one row's gradient. `router_bias_rate`: step of the loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the
-    rule of the hidden matrices, AdamW's where there is none; `muon_rate`: their rate as a multiple of `lr`.
+    one row's gradient. `row_rule`: adam, adagrad or sinkhorn (`byrote.tables.rules`). `router_bias_rate`: step of the
+    loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the rule of the hidden matrices, AdamW's where there is
+    none; `muon_rate`: their rate as a multiple of `lr`.
 
     After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
     """
@@ -55,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         row_rate: float = 5.0,
         row_max_norm: float | None = None,
+        row_rule: str = "adam",
         router_bias_rate: float = 0.001,
         muon: Muon | None = None,
         muon_rate: float = 1.0,
@@ -62,7 +66,7 @@ class Optimizer(torch.optim.Optimizer):
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.router_bias_rate = router_bias_rate
-        self.rule = LazyAdam(betas=betas, eps=eps, max_norm=row_max_norm)
+        self.rule = _row_rule(row_rule, betas, eps, row_max_norm)
         self.muon = muon
         self.rows_touched = 0
         self.max_violation = 0.0
@@ -204,7 +208,9 @@ class Optimizer(torch.optim.Optimizer):
                 taken.append((memory, rows, gradient))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
         for _, rows, gradient in taken:
-            if bad := int((~gradient.isfinite()).any(dim=1).sum()):
+            ends = torch.stack(torch.aminmax(gradient))  # one pass; both are NaN if anything is
+            if not ends.isfinite().all():
+                bad = int((~gradient.isfinite()).any(dim=1).sum())
                 raise RuntimeError(
                     f"{bad} of {rows.numel()} row gradients are not finite; nothing was changed. "
                     "Lower the learning rate, or zero the gradients and skip this batch"
@@ -215,13 +221,24 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
         for memory, rows, gradient in row_gradients:
-            table = memory.table
-            state = table.read_state(rows, self.rule.fields(table.width))
-            values, state = self.rule.update(table.read(rows), state, gradient, rates[id(memory.anchor)])
-            table.write(rows, values, state)
+            update_rows(memory.table, self.rule, rows, gradient, rates[id(memory.anchor)])
             memory.commit()
             self.rows_touched += rows.numel()
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
+
+
+def _row_rule(name: str, betas: tuple[float, float], eps: float, max_norm: float | None) -> RowRule:
+    if name == "adam":
+        return LazyAdam(betas=betas, eps=eps, max_norm=max_norm)
+    if name == "adagrad":
+        return RowAdagrad(eps=eps, max_norm=max_norm)
+    if name != "sinkhorn":
+        raise ValueError(f"row_rule is {name!r}; it must be one of adam, adagrad, sinkhorn")
+    if max_norm is not None:
+        raise ValueError(
+            "row_max_norm has no effect under row_rule='sinkhorn', whose steps all have one length: drop it"
+        )
+    return SinkhornMomentum()
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:

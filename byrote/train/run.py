@@ -53,6 +53,7 @@ def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
+        row_rule=settings.row_rule,
         router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,

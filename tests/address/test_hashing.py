@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.address import DEAD, canonical_ids, deepseek_v41, engram, hash_windows, next_tail, windows
+from byrote.address import DEAD, canonical_ids, deepseek_v41, engram, hash_rows, hash_windows, next_tail, windows
 
 RAW, CLASSES = 60, 40
 VOCABULARY = np.arange(RAW) % CLASSES
@@ -55,7 +55,11 @@ def both(*arrays):
 
 
 def fast_rows(ids, starts, spec, layer, tail=None):
-    return np.asarray(hash_windows(windows(ids, starts, tail, spec.max_order), layer, spec.pad_id))
+    seen = windows(ids, starts, tail, spec.max_order)
+    rows = hash_windows(seen, layer, spec.pad_id)
+    if isinstance(seen, torch.Tensor):
+        assert torch.equal(hash_rows(seen, layer, spec.pad_id), rows)
+    return np.asarray(rows)
 
 
 def test_golden_hashes(golden):
@@ -213,6 +217,19 @@ def test_wrong_types_and_shapes_are_refused():
         windows(ids, starts, ids, 3)
     with pytest.raises(ValueError, match="max_order = 3"):
         hash_windows(windows(ids, starts, None, 2), SPECS[3].layers[0], 0)
+    with pytest.raises(ValueError, match="max_order = 3"):
+        hash_rows(torch.zeros(2, 3, 2, dtype=torch.int64), SPECS[3].layers[0], 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (7, 4), (2, 5, 4), (2, 0, 4)])
+def test_the_compiled_hash_of_any_integers(shape):
+    """Products that overflow wrap around, and the modulo is the floor modulo, in both."""
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.empty(shape, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    seen[..., 3][torch.rand(shape[:-1], generator=generator) < 0.3] = DEAD
+    for layer in SPECS[4].layers:
+        assert torch.equal(hash_rows(seen, layer, 5), hash_windows(seen, layer, 5))
+        assert torch.equal(hash_rows(seen.transpose(0, -2), layer, 5), hash_windows(seen.transpose(0, -2), layer, 5))
 
 
 def test_compiles_as_one_graph():
@@ -222,7 +239,7 @@ def test_compiles_as_one_graph():
 
     def run(ids, starts, tail):
         seen = windows(ids, starts, tail, spec.max_order)
-        return hash_windows(seen, spec.layers[0], spec.pad_id), next_tail(ids, starts, tail)
+        return hash_rows(seen, spec.layers[0], spec.pad_id), next_tail(ids, starts, tail)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(ids, starts, tail), run(ids, starts, tail), strict=True):

@@ -19,7 +19,20 @@ from byrote.cli.main import app
 from byrote.lab import demo
 from byrote.models.engram.counts import Counts
 
-VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance", "lab", "lab run", "table", "table stats"]
+VERBS = [
+    "demo",
+    "data",
+    "train",
+    "generate",
+    "gates",
+    "info",
+    "conformance",
+    "lab",
+    "lab run",
+    "table",
+    "table stats",
+    "table bench",
+]
 WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905
 ROOT = Path(__file__).parents[2]
 

@@ -6,6 +6,7 @@ import torch
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.nn.engram import Engram
 from byrote.nn.router import Router
+from byrote.tables import LazyAdam, RowAdagrad, SinkhornMomentum
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
 
@@ -191,6 +192,34 @@ def test_rows_are_clipped_row_by_row():
         after = everything(model)
         moved.append({name: (after[name] - before[name]).abs().max() for name in ("rows.1", "rows.2")})
     assert all(moved[1][name] < 0.1 * moved[0][name] for name in moved[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("adam", LazyAdam()), ("adagrad", RowAdagrad()), ("sinkhorn", SinkhornMomentum())]
+)
+def test_the_row_rule(name, rule):
+    """The rows move as the rule moves them, by the state that it keeps with them."""
+    model = make()
+    optimizer, ids = Optimizer(model, lr=1e-3, row_rule=name), some_ids(2, 8)
+    table = model.model.memories.memories["1"].table
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        (rows, gradient), everything = optimizer.memories[0].lookup.pending.parts[0], torch.arange(table.num_rows)
+        rows, gradient = rows[gradient.any(1)], gradient[gradient.any(1)]
+        expected, state = table.read(everything), table.read_state(rows, rule.fields(table.width))
+        expected[rows], state = rule.update(expected[rows], state, gradient, 5e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(table.read(everything), expected, atol=1e-6, rtol=1e-5)
+        for field, value in table.read_state(rows, rule.fields(table.width)).items():
+            torch.testing.assert_close(value, state[field], atol=1e-6, rtol=1e-5)
+
+
+def test_row_rules_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="row_rule is 'sgd'; it must be one of adam, adagrad, sinkhorn"):
+        Optimizer(make(), row_rule="sgd")
+    with pytest.raises(ValueError, match="row_max_norm has no effect"):
+        Optimizer(make(), row_rule="sinkhorn", row_max_norm=1.0)
 
 
 def test_a_closure_is_called_with_gradients():

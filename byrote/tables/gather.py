@@ -1,0 +1,91 @@
+"""Rows out of records and into them: compiled loops beside their plain twins.
+
+    gather(records [R, B], ids [N], out [N, B])        out[i] = records[ids[i]]
+    decode(records [R, B], ids [N], codec, out [N, W]) out[i] = the float32 values of records[ids[i]]
+    scatter(records [R, B], ids [N], new [N, B])       records[ids[i]] = new[i]
+
+Records are uint8, ids int64, values float32, all contiguous and in host memory. The caller has checked that the ids
+are in range: a compiled loop reads whatever address it is given. Fast and plain give the same bits.
+
+One thread each: the loops hold no GIL, so callers may run several. The first use in a process imports numba; the
+machine code is cached on disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from byrote.tables.codecs import Codec
+
+
+def gather(records: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    _check(records, ids, out, torch.uint8, records.shape[1])
+    _kernels().gather(records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), out.data_ptr())
+    return out
+
+
+def gather_twin(records: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    return torch.index_select(records, 0, ids, out=out)
+
+
+def decode(records: Tensor, ids: Tensor, codec: Codec, out: Tensor) -> Tensor:
+    width = out.shape[1]
+    _check(records, ids, out, torch.float32, width)
+    if records.shape[1] != codec.record_bytes(width):
+        raise ValueError(
+            f"records of {records.shape[1]} bytes hold no row of {width} values in {codec.name}, "
+            f"which takes {codec.record_bytes(width)}: give the width and the codec that they were written with"
+        )
+    place = records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), out.data_ptr()
+    if codec.name == "fp32":
+        _kernels().gather(*place)
+    else:
+        getattr(_kernels(), f"gather_{codec.name.removesuffix('-stochastic')}")(*place, width)
+    return out
+
+
+def decode_twin(records: Tensor, ids: Tensor, codec: Codec, out: Tensor) -> Tensor:
+    return out.copy_(codec.decode(records.index_select(0, ids), out.shape[1]))
+
+
+def scatter(records: Tensor, ids: Tensor, new: Tensor) -> None:
+    _check(records, ids, new, torch.uint8, records.shape[1])
+    _kernels().scatter(records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), new.data_ptr())
+
+
+def scatter_twin(records: Tensor, ids: Tensor, new: Tensor) -> None:
+    records.index_copy_(0, ids, new)
+
+
+def nonzero_rows(values: Tensor) -> Tensor:
+    """Bool [U]: the rows [U, W] that are not all zero. On any device."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or not values.is_contiguous():
+        return values.any(dim=1)
+    marks = torch.empty(len(values), dtype=torch.bool)
+    _kernels().nonzero_rows(values.data_ptr(), *values.shape, marks.numpy())
+    return marks
+
+
+def _kernels() -> Any:
+    from byrote.tables import kernels
+
+    return kernels
+
+
+def _check(records: Tensor, ids: Tensor, rows: Tensor, dtype: torch.dtype, width: int) -> None:
+    """The loops see addresses only: what is not as they take it to be would be read beyond its end."""
+    wanted = {
+        "records": (records, torch.uint8, (len(records), records.shape[1])),
+        "ids": (ids, torch.int64, (len(ids),)),
+    }
+    wanted["rows"] = (rows, dtype, (len(ids), width))
+    for name, (array, kind, shape) in wanted.items():
+        if array.dtype != kind or tuple(array.shape) != shape or not array.is_contiguous() or array.is_cuda:
+            raise ValueError(
+                f"{name} must be {kind} {list(shape)}, contiguous and in host memory, got {array.dtype} "
+                f"{list(array.shape)}, strides {array.stride()}, on {array.device}"
+            )

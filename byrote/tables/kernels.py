@@ -1,0 +1,373 @@
+"""Compiled loops over records in memory, by address. `gather.py` imports this file when it first needs one.
+
+Every argument is an integer: an address or a count. So each loop compiles once, for any array (read-only mappings
+too), is cached beside this file, and runs without the GIL. The callers keep the arrays alive and check all ids.
+
+What makes a loop over random rows fast is that the memory is asked for early: while one row is copied, each cache
+line of the row `AHEAD` places later is fetched (`llvm.prefetch`), and rows move in vectors of 64 bytes.
+"""
+
+# No `from __future__ import annotations` here: numba reads the signatures.
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+AHEAD = 24  # rows: about what the memory system keeps in flight
+LINE = 64  # bytes of a cache line
+LANES = 16  # values that a vector of 64 bytes holds
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _compiled(function):
+    return numba.njit(cache=True, nogil=True)(function)
+
+
+def _intrinsic(function):
+    return intrinsic(function)
+
+
+def _splat(builder, value, lanes):
+    one = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def _constant(kind, number, lanes):
+    return ir.Constant(ir.VectorType(kind, lanes), [number] * lanes)
+
+
+def _load(builder, address, kind, lanes):
+    pointer = builder.inttoptr(address, ir.VectorType(kind, lanes).as_pointer())
+    return builder.load(pointer, align=1)
+
+
+def _store(builder, address, vector):
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=1)
+
+
+@_intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address; any address is allowed."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = I8.as_pointer()
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        )
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+def _unary(produce):
+    """An intrinsic (destination, source): produce(builder, source) is stored at the destination."""
+
+    @_intrinsic
+    def move(typingctx, destination, source):
+        def generate(context, builder, signature, arguments):
+            _store(builder, arguments[0], produce(builder, arguments[1]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return move
+
+
+def _scaled(produce):
+    """An intrinsic (destination, source, scale): produce(builder, source) * scale is stored at the destination."""
+
+    @_intrinsic
+    def move(typingctx, destination, source, scale):
+        def generate(context, builder, signature, arguments):
+            values = produce(builder, arguments[1])
+            scales = _splat(builder, arguments[2], values.type.count)
+            _store(builder, arguments[0], builder.fmul(values, scales))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32), generate
+
+    return move
+
+
+def _loader(kind, result):
+    """An intrinsic (source) -> the unaligned number there."""
+
+    @_intrinsic
+    def load(typingctx, source):
+        def generate(context, builder, signature, arguments):
+            return builder.load(builder.inttoptr(arguments[0], kind.as_pointer()), align=1)
+
+        return result(types.int64), generate
+
+    return load
+
+
+load_i64 = _loader(I64, types.int64)
+load_f32 = _loader(F32, types.float32)
+copy_64, copy_32, copy_16, copy_8, copy_4, copy_2, copy_1 = (
+    _unary(lambda builder, source, size=size: _load(builder, source, I8, size)) for size in (64, 32, 16, 8, 4, 2, 1)
+)
+
+
+def _bf16(lanes):
+    def produce(builder, source):
+        wide = builder.zext(_load(builder, source, I16, lanes), ir.VectorType(I32, lanes))
+        return builder.shl(wide, _constant(I32, 16, lanes))  # a bf16 is the upper half of a float32
+
+    return _unary(produce)
+
+
+def _fp8(lanes):
+    def produce(builder, source):
+        bits = builder.zext(_load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
+        low = builder.and_(bits, _constant(I32, 0x7F, lanes))
+        sign = builder.shl(builder.and_(bits, _constant(I32, 0x80, lanes)), _constant(I32, 24, lanes))
+        # Exponent and mantissa in the places of a float32, whose exponent counts from 127 and not from 7.
+        body = builder.bitcast(
+            builder.or_(builder.shl(low, _constant(I32, 20, lanes)), sign), ir.VectorType(F32, lanes)
+        )
+        values = builder.fmul(body, _constant(F32, 2.0**120, lanes))
+        nan = builder.icmp_unsigned("==", low, _constant(I32, 0x7F, lanes))
+        return builder.select(nan, _constant(F32, float("nan"), lanes), values)
+
+    return _scaled(produce)
+
+
+def _int8(lanes):
+    def produce(builder, source):
+        wide = builder.sext(_load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
+        return builder.sitofp(wide, ir.VectorType(F32, lanes))
+
+    return _scaled(produce)
+
+
+def _int4(lanes):
+    def produce(builder, source):
+        half = max(lanes // 2, 1)
+        pairs = builder.zext(_load(builder, source, I8, half), ir.VectorType(I32, half))
+        # Shift a nibble to the top, then down again with its sign.
+        low = builder.ashr(builder.shl(pairs, _constant(I32, 28, half)), _constant(I32, 28, half))
+        high = builder.ashr(builder.shl(pairs, _constant(I32, 24, half)), _constant(I32, 28, half))
+        order = [place for i in range(half) for place in (i, half + i)][:lanes]
+        both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), order))
+        return builder.sitofp(both, ir.VectorType(F32, lanes))
+
+    return _scaled(produce)
+
+
+@_intrinsic
+def _e8m0(typingctx, source):
+    """The power of two 2^(byte - 127) at an address; byte 255 is NaN, byte 0 the subnormal 2^-127."""
+
+    def generate(context, builder, signature, arguments):
+        byte = builder.zext(builder.load(builder.inttoptr(arguments[0], I8.as_pointer())), I32)
+        bits = builder.shl(byte, I32(23))
+        bits = builder.select(builder.icmp_unsigned("==", byte, I32(0)), I32(0x400000), bits)
+        bits = builder.select(builder.icmp_unsigned("==", byte, I32(255)), I32(0x7FC00000), bits)
+        return builder.bitcast(bits, F32)
+
+    return types.float32(types.int64), generate
+
+
+bf16_16, bf16_1 = _bf16(LANES), _bf16(1)
+fp8_16, fp8_1 = _fp8(LANES), _fp8(1)
+int8_16, int8_1 = _int8(LANES), _int8(1)
+int4_16, int4_2, int4_1 = _int4(LANES), _int4(2), _int4(1)
+
+
+def _adam(lanes):
+    """An intrinsic: one step of Adam on `lanes` float32 of a row, its two moments and its gradient."""
+
+    @_intrinsic
+    def move(typingctx, row, first, second, gradient, beta1, rest1, beta2, rest2, correction1, correction2, eps, rate):
+        def generate(context, builder, signature, arguments):
+            places, scalars = arguments[:4], [_splat(builder, value, lanes) for value in arguments[4:]]
+            beta1, rest1, beta2, rest2, correction1, correction2, eps, rate = scalars
+            values, m, v, g = (_load(builder, place, F32, lanes) for place in places)
+            m = builder.fadd(builder.fmul(m, beta1), builder.fmul(g, rest1))
+            v = builder.fadd(builder.fmul(v, beta2), builder.fmul(builder.fmul(g, g), rest2))
+            kind = ir.FunctionType(values.type, [values.type])
+            root = cgutils.get_or_insert_function(builder.module, kind, f"llvm.sqrt.v{lanes}f32")
+            below = builder.fadd(builder.call(root, [builder.fdiv(v, correction2)]), eps)
+            moved = builder.fdiv(builder.fmul(rate, builder.fdiv(m, correction1)), below)
+            for place, new in zip(places, (builder.fsub(values, moved), m, v), strict=False):
+                _store(builder, place, new)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4, *[types.float32] * 8), generate
+
+    return move
+
+
+def _step(lanes):
+    """An intrinsic (row, gradient, factor): row += factor * gradient, on `lanes` float32."""
+
+    @_intrinsic
+    def move(typingctx, row, gradient, factor):
+        def generate(context, builder, signature, arguments):
+            values, g = (_load(builder, place, F32, lanes) for place in arguments[:2])
+            moved = builder.fmul(_splat(builder, arguments[2], lanes), g)
+            _store(builder, arguments[0], builder.fadd(values, moved))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32), generate
+
+    return move
+
+
+adam_16, adam_1 = _adam(LANES), _adam(1)
+step_16, step_1 = _step(LANES), _step(1)
+
+
+@_compiled
+def _fetch(address, size):
+    line = address & -LINE
+    while line < address + size:
+        prefetch(line)
+        line += LINE
+
+
+@_compiled
+def _copy(destination, source, size):
+    done = 0
+    while done + 64 <= size:
+        copy_64(destination + done, source + done)
+        done += 64
+    if size & 32:
+        copy_32(destination + done, source + done)
+        done += 32
+    if size & 16:
+        copy_16(destination + done, source + done)
+        done += 16
+    if size & 8:
+        copy_8(destination + done, source + done)
+        done += 8
+    if size & 4:
+        copy_4(destination + done, source + done)
+        done += 4
+    if size & 2:
+        copy_2(destination + done, source + done)
+        done += 2
+    if size & 1:
+        copy_1(destination + done, source + done)
+
+
+@_compiled
+def gather(records, size, ids, count, out):
+    """out[i] = records[ids[i]], `size` bytes each."""
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        _copy(out + i * size, records + load_i64(ids + 8 * i) * size, size)
+
+
+@_compiled
+def scatter(records, size, ids, count, values):
+    """records[ids[i]] = values[i], `size` bytes each."""
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        _copy(records + load_i64(ids + 8 * i) * size, values + i * size, size)
+
+
+@_compiled
+def gather_bf16(records, size, ids, count, out, width):
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        source, destination = records + load_i64(ids + 8 * i) * size, out + 4 * width * i
+        whole = width // LANES * LANES
+        for k in range(0, whole, LANES):
+            bf16_16(destination + 4 * k, source + 2 * k)
+        for k in range(whole, width):
+            bf16_1(destination + 4 * k, source + 2 * k)
+
+
+@_compiled
+def gather_fp8(records, size, ids, count, out, width):
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        source, destination = records + load_i64(ids + 8 * i) * size, out + 4 * width * i
+        whole = width // LANES * LANES
+        for k in range(0, whole, LANES):
+            fp8_16(destination + 4 * k, source + k, _e8m0(source + width + k // 32))
+        for k in range(whole, width):
+            fp8_1(destination + 4 * k, source + k, _e8m0(source + width + k // 32))
+
+
+@_compiled
+def gather_int8(records, size, ids, count, out, width):
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        source, destination = records + load_i64(ids + 8 * i) * size, out + 4 * width * i
+        scale = load_f32(source + width)
+        whole = width // LANES * LANES
+        for k in range(0, whole, LANES):
+            int8_16(destination + 4 * k, source + k, scale)
+        for k in range(whole, width):
+            int8_1(destination + 4 * k, source + k, scale)
+
+
+@_compiled
+def gather_int4(records, size, ids, count, out, width):
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        source, destination = records + load_i64(ids + 8 * i) * size, out + 4 * width * i
+        scale = load_f32(source + size - 4)
+        whole, pairs = width // LANES * LANES, width // 2 * 2
+        for k in range(0, whole, LANES):
+            int4_16(destination + 4 * k, source + k // 2, scale)
+        for k in range(whole, pairs, 2):
+            int4_2(destination + 4 * k, source + k // 2, scale)
+        if pairs < width:
+            int4_1(destination + 4 * pairs, source + pairs // 2, scale)
+
+
+@_compiled
+def update_adam(values, ids, first, second, entries, gradient, corrections, count, width, beta1, beta2, eps, rate):
+    """Adam on rows ids[i] of `values`, moments entries[i], gradient i; corrections[i] = 1 - beta1^t, 1 - beta2^t."""
+    whole, size = width // LANES * LANES, 4 * width
+    b1, r1, b2, r2 = np.float32(beta1), np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2)
+    e, lr = np.float32(eps), np.float32(rate)
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+            _fetch(first + load_i64(entries + 8 * (i + AHEAD)) * size, size)
+            _fetch(second + load_i64(entries + 8 * (i + AHEAD)) * size, size)
+        row, entry = values + load_i64(ids + 8 * i) * size, load_i64(entries + 8 * i) * size
+        m, v, g = first + entry, second + entry, gradient + i * size
+        c1, c2 = load_f32(corrections + 8 * i), load_f32(corrections + 8 * i + 4)
+        for k in range(0, 4 * whole, 4 * LANES):
+            adam_16(row + k, m + k, v + k, g + k, b1, r1, b2, r2, c1, c2, e, lr)
+        for k in range(4 * whole, size, 4):
+            adam_1(row + k, m + k, v + k, g + k, b1, r1, b2, r2, c1, c2, e, lr)
+
+
+@_compiled
+def update_step(values, ids, gradient, factors, count, width):
+    """Rows ids[i] of `values` += factors[i] * gradient i."""
+    whole, size = width // LANES * LANES, 4 * width
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+        row, g, factor = values + load_i64(ids + 8 * i) * size, gradient + i * size, load_f32(factors + 4 * i)
+        for k in range(0, 4 * whole, 4 * LANES):
+            step_16(row + k, g + k, factor)
+        for k in range(4 * whole, size, 4):
+            step_1(row + k, g + k, factor)
+
+
+@_compiled
+def nonzero_rows(values, count, width, out):
+    """out[i] = 1 if row i of float32 has a value that is not 0, else 0."""
+    for i in range(count):
+        row, k = values + 4 * width * i, 0
+        while k < width and load_f32(row + 4 * k) == 0:
+            k += 1
+        out[i] = k < width
