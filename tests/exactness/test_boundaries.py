@@ -116,6 +116,8 @@ def test_rollback_over_a_boundary(model, ids):
 
 
 def test_gradients_of_packed_documents(model, ids):
+    """In float64: the signed root of a gate is steep near zero, and enlarges float32's rounding to 1e-4."""
+    model.double()
     documents, row, positions = packed(ids)
 
     def gradients(batches):
@@ -132,8 +134,8 @@ def test_gradients_of_packed_documents(model, ids):
         together.append(sums_together)
         apart.append(sums_apart)
     for ours, theirs in zip(together, apart, strict=True):
-        # Relative to the largest: the signed root is steep near zero, so gradients carry its rounding.
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp_min(1)
+        # Rows, router and row gradients are float32 all the same.
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max().clamp_min(1)
 
 
 def test_padding_inside_a_document_is_refused(model, ids):
