@@ -23,8 +23,23 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-gpu: .venv/.installed-dev
-	$(BIN)/python -m pytest -m gpu
+# With the interpreter's own packages, PYTHON=python3, since a GPU machine may not be able to install any. First the
+# exactness suite, then the benchmarks in bfloat16, then three seeds of MoE against Engram at the size of one GPU.
+# A dry run on a CPU: make gpu DEVICE=cpu QUICK=1
+DEVICE ?= cuda
+OUT ?= runs/gpu
+RUN = PYTHONPATH=. $(PYTHON)
+MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
+
+gpu:
+	$(RUN) -m pytest tests/exactness
+	mkdir -p $(OUT)
+	for shape in tiny wide; do for compile in "" --compile; do \
+	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \
+	        || exit 1; done; done
+	for shape in tiny wide small; do \
+	    $(RUN) benchmarks/decode.py $(MEASURE) --shape $$shape --json $(OUT)/decode-$$shape.json || exit 1; done
+	$(RUN) benchmarks/small.py --device $(DEVICE) $(if $(QUICK),--quick) --out $(OUT)/small
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache runs data *.egg-info

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from byrote.address.spec import LayerAddress
+from byrote.compiled import numba_is_there
 
 DEAD = int(np.iinfo(np.int64).min)
 
@@ -88,7 +89,8 @@ def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
 
 def hash_rows(windows: torch.Tensor, layer: LayerAddress, pad_id: int) -> torch.Tensor:
     """`hash_windows` of a tensor, by a compiled loop where it lies in host memory and no graph is traced."""
-    if type(windows) is not torch.Tensor or windows.device.type != "cpu" or torch.compiler.is_compiling():
+    plain = type(windows) is not torch.Tensor or windows.device.type != "cpu" or torch.compiler.is_compiling()
+    if plain or not numba_is_there():
         return hash_windows(windows, layer, pad_id)
     _check_order(windows, layer)
     from byrote.address import kernels

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from byrote.compiled import numba_is_there
 
 
 def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -60,13 +61,7 @@ def plain_write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor
 def compilable(x: Tensor) -> bool:
     """Whether the compiled loops can take x."""
     plain = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
-    return not plain and _numba_is_there()
-
-
-@cache
-def _numba_is_there() -> bool:
-    """A GPU machine may lack it: nothing there needs it."""
-    return find_spec("numba") is not None
+    return not plain and numba_is_there()
 
 
 class _Project(torch.autograd.Function):

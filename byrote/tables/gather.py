@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from byrote.compiled import numba_is_there
+
 if TYPE_CHECKING:
     from byrote.tables.codecs import Codec
 
 
 def gather(records: Tensor, ids: Tensor, out: Tensor) -> Tensor:
     _check(records, ids, out, torch.uint8, records.shape[1])
+    if not numba_is_there():
+        return gather_twin(records, ids, out)
     _kernels().gather(records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), out.data_ptr())
     return out
 
@@ -40,6 +44,8 @@ def decode(records: Tensor, ids: Tensor, codec: Codec, out: Tensor) -> Tensor:
             f"records of {records.shape[1]} bytes hold no row of {width} values in {codec.name}, "
             f"which takes {codec.record_bytes(width)}: give the width and the codec that they were written with"
         )
+    if not numba_is_there():
+        return decode_twin(records, ids, codec, out)
     place = records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), out.data_ptr()
     if codec.name == "fp32":
         _kernels().gather(*place)
@@ -54,6 +60,8 @@ def decode_twin(records: Tensor, ids: Tensor, codec: Codec, out: Tensor) -> Tens
 
 def scatter(records: Tensor, ids: Tensor, new: Tensor) -> None:
     _check(records, ids, new, torch.uint8, records.shape[1])
+    if not numba_is_there():
+        return scatter_twin(records, ids, new)
     _kernels().scatter(records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), new.data_ptr())
 
 
@@ -63,7 +71,12 @@ def scatter_twin(records: Tensor, ids: Tensor, new: Tensor) -> None:
 
 def nonzero_rows(values: Tensor) -> Tensor:
     """Bool [U]: the rows [U, W] that are not all zero. On any device."""
-    if values.device.type != "cpu" or values.dtype != torch.float32 or not values.is_contiguous():
+    if (
+        not numba_is_there()
+        or values.device.type != "cpu"
+        or values.dtype != torch.float32
+        or not values.is_contiguous()
+    ):
         return values.any(dim=1)
     marks = torch.empty(len(values), dtype=torch.bool)
     _kernels().nonzero_rows(values.data_ptr(), *values.shape, marks.numpy())

@@ -43,6 +43,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from byrote.compiled import numba_is_there
 from byrote.tables.table import RowState, StateFields, Table
 
 
@@ -74,13 +75,16 @@ class InPlaceTable(Protocol):
 
 def update_rows(table: Table, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
     """One step of unique rows [U] by their summed gradient [U, W]."""
-    if isinstance(rule, InPlaceRule):
+    compiled = isinstance(rule, InPlaceRule) and numba_is_there()
+    if compiled:
+        assert isinstance(rule, InPlaceRule)
         rows, gradient = rows.cpu(), gradient.cpu().contiguous()
         if isinstance(table, InPlaceTable):
             table.update(rule, rows, gradient, rate)
             return
     values, state = table.read(rows), table.read_state(rows, rule.fields(table.width))
-    if isinstance(rule, InPlaceRule):
+    if compiled:
+        assert isinstance(rule, InPlaceRule)
         places = torch.arange(len(rows))
         rule.update_in_place(values, places, state, places, gradient, rate)
     else:
