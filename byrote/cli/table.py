@@ -79,7 +79,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small tables: seconds, not minutes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
-    """Measure tables against what else there is, on one core: one line each, as it comes; then a table."""
+    """Measure tables against what else there is, on one core."""
     import platform
 
     import torch
@@ -89,19 +89,20 @@ def bench(
 
     console = Console()
     shown = Table(box=None, pad_edge=False)
-    for column in ("what", "against", "ms", "theirs", "times as fast", "range", "at least", ""):
-        shown.add_column(column, justify="left" if column in ("what", "against", "") else "right")
+    for column in ("what", "ms", "theirs", "ratio", "range", "goal", ""):
+        shown.add_column(column, justify="left" if column in ("what", "") else "right", no_wrap=column != "what")
     rows = []
     with console.status("measuring"):
         for row in run(Options(quick)):
             rows.append(row)
-            target = "" if row.target is None else f"{row.target:g}"
-            verdict = {None: "reported", True: "met", False: "not met"}[row.met]
-            spread = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-            numbers = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", spread, target, verdict)
-            shown.add_row(row.what, row.against, *numbers)
+            goal = "" if row.target is None else f"{row.target:g}"
+            verdict = {None: "", True: "met", False: "not met"}[row.met]
+            spread = f"{min(row.ratios):.2f}-{max(row.ratios):.2f}"
+            numbers = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", spread, goal, verdict)
+            shown.add_row(f"{row.what}; against {row.against}", *numbers)
     sizes = state_bytes()
     console.print(shown)
+    console.print("ratio: their time over ours, the median of the rounds, and the range")
     for size in sizes:
         console.print(
             f"state of {size['rule']}: {size['bytes']:.3f} bytes for each {size['of each']} ({size['target']})",

@@ -105,19 +105,15 @@ def bench_gather(options: Options) -> Iterator[Row]:
     for count, name in ((1 << 16, "64 k"), (1 << 20, "1 M")):
         ids = torch.randint(0, num_rows, (count,), generator=generator)
         out = torch.zeros(count, 40)
+        places = [ctypes.c_void_p(records.data_ptr()), ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(count)]
         calls: dict[str, Callable[[], Any]] = {
             "byrote": partial(gather, records, ids, out.view(torch.uint8)),
             "torch.index_select": partial(torch.index_select, table, 0, ids, out=out),
             "np.take": partial(np.take, table.numpy(), ids.numpy(), 0, out=out.numpy(), mode="clip"),
         }
-        with _c_loop() as loop:
-            if loop:
-                calls["C"] = partial(
-                    loop,
-                    *(ctypes.c_void_p(array.data_ptr()) for array in (records, ids)),
-                    ctypes.c_int64(len(ids)),
-                    ctypes.c_void_p(out.data_ptr()),
-                )
+        with tempfile.TemporaryDirectory() as folder:
+            if loop := _c_loop(Path(folder)):
+                calls["C"] = partial(loop, *places, ctypes.c_void_p(out.data_ptr()))
             seconds = interleaved(calls, options.rounds)
         what = f"gather {name} rows of 160 bytes, table of {num_rows * 160 / 1e9:.1f} GB"
         rivals = ["torch.index_select", "np.take"]
@@ -252,22 +248,16 @@ def run(options: Options) -> Iterator[Row]:
         torch.set_num_threads(threads)
 
 
-class _c_loop:
+def _c_loop(folder: Path) -> Callable[..., None] | None:
     """The C loop, compiled for this machine; None where there is no compiler."""
-
-    def __enter__(self) -> Any:
-        compiler = shutil.which("cc")
-        self._folder = tempfile.TemporaryDirectory()
-        if compiler is None:
-            return None
-        source, library = Path(self._folder.name, "gather.c"), Path(self._folder.name, "gather.so")
-        source.write_text(C_LOOP)
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)]
-        if subprocess.run(command, capture_output=True).returncode:
-            return None
-        loop = ctypes.CDLL(str(library)).gather
-        loop.restype = None
-        return loop
-
-    def __exit__(self, *error: object) -> None:
-        self._folder.cleanup()
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    source, library = folder / "gather.c", folder / "gather.so"
+    source.write_text(C_LOOP)
+    command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)]
+    if subprocess.run(command, capture_output=True).returncode:
+        return None
+    loop = ctypes.CDLL(str(library)).gather
+    loop.restype = None
+    return loop
