@@ -109,6 +109,7 @@ class MemoryStack(nn.Module):
         """What the addresses need of a decode state."""
         return {"ids": Field(self.spec.max_order - 1, empty=DEAD)}
 
+    @torch.compiler.disable  # reads start before a compiled region
     def forward(self, input_ids: Tensor, sequence: Sequence, state: MemoryState | None) -> dict[int, Ticket]:
         """Tickets by layer id for token ids [B, T]; moves the look-back in `state` on."""
         self._check_vocabulary()
