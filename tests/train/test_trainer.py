@@ -110,7 +110,10 @@ def test_the_weight_of_the_modules_loss_follows_the_recipe(train, tmp_path, monk
     )
     for key in ("loss", "mtp_loss"):  # both are logged without the weight, and however the batch is split
         assert parts[key] == pytest.approx(whole[key], abs=1e-5) == pytest.approx(unweighted[key], abs=1e-5)
-    assert parts["grad_norm"] > 1.01 * unweighted["grad_norm"]
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert parts["grad_norm"] != pytest.approx(
+        unweighted["grad_norm"], rel=1e-4
+    )  # larger or smaller, as the text has it
     assert "mtp_loss" not in read_metrics(tmp_path / "plain/metrics.jsonl")[0]
 
 
