@@ -13,8 +13,11 @@ row says where (0 = never touched). Saved files are plain safetensors, readable 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +76,7 @@ class RamTable:
             dtype = self._codec.dtype
             stored = self._codec.record_bytes(self.width) // dtype.itemsize
             rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
+            _ask_for_huge_pages(rows)
             for part in rows.split(DRAWN):
                 values = torch.empty(len(part), self.width, device="cpu").normal_(0.0, self._std, generator=generator)
                 part.copy_(self._codec.encode(values, generator).view(dtype))
@@ -243,6 +247,14 @@ def chance(digest: str, generation: int) -> torch.Generator:
     """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
     # One number of 32 bits: a CPU generator takes no more of its seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))
+
+
+def _ask_for_huge_pages(rows: Tensor) -> None:
+    """Let Linux map memory that is not yet written by 2 MiB: a random row then seldom waits for a page table."""
+    size = 2 << 20
+    first, last = -(-rows.data_ptr() // size) * size, (rows.data_ptr() + rows.nbytes) // size * size
+    if sys.platform == "linux" and first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
