@@ -1,11 +1,75 @@
-"""Whether loops can be compiled here. numba is a dependency, but nothing that a GPU runs needs it: where it cannot be
-installed, every compiled loop gives way to its plain twin, which gives the same numbers.
+"""Compiled loops: whether they can run, and how they are run over the tokens of a tensor.
+
+numba is a dependency, but nothing that a GPU runs needs it: where it cannot be installed, every compiled loop gives
+way to its plain twin, which gives the same numbers.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 @cache
 def numba_is_there() -> bool:
     return find_spec("numba") is not None
+
+
+@contextmanager
+def plain_twins() -> Iterator[None]:
+    """Take the plain twin of every loop over tokens: to compare with, and to learn what float32 leaves open."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def compilable(x: Tensor) -> bool:
+    """Whether a loop of float32 on the CPU can take x."""
+    import torch
+
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return numba_is_there() and not _plain.get()
+
+
+def run(kernel: Callable[..., None], first: Tensor, *others: Tensor | float, sums: Sequence[Tensor] = ()) -> None:
+    """kernel(begin, end, first, *others, *sums) over all tokens of `first`, shared among as many threads as torch has.
+
+    Every token adds to `sums`: each thread has zeros of its own, which are added up in the end.
+    """
+    import torch
+
+    arrays = [x.detach().numpy() if isinstance(x, torch.Tensor) else x for x in (first, *others)]
+    tokens, threads = len(first), torch.get_num_threads()
+    if tokens < 64 * threads:
+        threads = 1
+    ends = [tokens * i // threads for i in range(threads + 1)]
+    parts = [tensor.new_zeros(threads, *tensor.shape) for tensor in sums]
+
+    def share(i: int) -> None:
+        kernel(ends[i], ends[i + 1], *arrays, *(part[i].numpy() for part in parts))
+
+    if threads == 1:
+        share(0)
+    else:
+        list(_pool(threads).map(share, range(threads)))
+    for total, part in zip(sums, parts, strict=True):
+        torch.sum(part, 0, out=total)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "byrote-loops")

@@ -23,12 +23,13 @@ one matrix.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from byrote.nn.fuse import convolve, gate_logits, gated
 
 ZeroGateRule = Literal["sign", "copysign"]
 
@@ -53,10 +54,9 @@ class Gate(nn.Module):
 
     def logits(self, streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor) -> Tensor:
         """s, by products and sums, which autocast leaves alone."""
-        width = keys.shape[-1:]
-        queries = F.rms_norm(_at_least_float32(streams), width, None, self.eps) * query_gain
-        keys = F.rms_norm(_at_least_float32(keys), width, None, self.eps) * key_gain
-        return (queries * keys).sum(-1) / math.sqrt(width[0])
+        gain = _at_least_float32(query_gain) * _at_least_float32(key_gain)
+        queries, keys = (_at_least_float32(x).flatten(0, -3) for x in (streams, keys))
+        return gate_logits(queries, keys, gain, self.eps).view(streams.shape[:-1])
 
 
 class Engram(nn.Module):
@@ -119,44 +119,36 @@ class Engram(nn.Module):
         gates = self.gates(streams, embeddings)
         if alive is not None:
             gates = gates.masked_fill(~alive[..., None], 0.0)
-        value = _at_least_float32(self.value(embeddings))[:, :, None]
-        addend = gates[..., None] * value
+        value = _at_least_float32(self.value(embeddings))
         if not self.kernel_size:
-            return addend.to(streams.dtype), None
-        # RMS(u) without a pass over u: all of a stream's u is one number times v.
-        scale = gates * (gates.square() * value.square().mean(-1) + self.conv_eps).rsqrt()
-        columns = (scale[..., None] * value * self.conv_gain).to(streams.dtype)
-        update = self.convolve(columns, _documents(alive, starts), tail)
-        if alive is not None:
-            update = update * alive[..., None, None]
-        return (addend + update).to(streams.dtype), columns.flatten(2)
+            return (gates[..., None] * value[:, :, None]).to(streams.dtype), None
+        gain = _at_least_float32(self.conv_gain)
+        u, columns = (
+            x.view(gates.shape + value.shape[-1:])
+            for x in gated(gates.flatten(0, 1), value.flatten(0, 1), gain, self.conv_eps)
+        )
+        columns = columns.to(streams.dtype)
+        addend = u + self.convolve(columns, _documents(alive, starts), tail)
+        return addend.to(streams.dtype), columns.flatten(2)
 
     def gates(self, streams: Tensor, embeddings: Tensor) -> Tensor:
         keys = self.key(embeddings).unflatten(-1, (self.num_streams, self.hidden_size))
         return self.gate(streams, keys, self.query_gain, self.key_gain)
 
     def convolve(self, columns: Tensor, documents: Tensor | None, tail: Tensor | None) -> Tensor:
-        """SiLU(DWConv(columns)), [B, T, n, d]; `documents` [B, T] numbers the documents, None for one.
-
-        One shifted multiply-add per tap: a convolution kernel could not stop where a document starts.
-        """
-        behind, tokens = self.tail_length, columns.shape[1]
-        if tail is None:
-            columns = F.pad(columns, (0, 0, 0, 0, behind, 0))
-        else:
-            before = tail.to(columns.dtype).unflatten(-1, (self.num_streams, self.hidden_size))
-            columns = torch.cat([before, columns], 1)
-        if documents is not None:
-            everywhere = F.pad(documents, (behind, 0))  # the tail belongs to document 0, the one that goes on
-        weights = _at_least_float32(self.conv_weight).unbind(-1)
-        total = columns[:, behind:] * weights[-1]
-        for tap in range(self.kernel_size - 1):
-            place = slice(tap * self.dilation, tap * self.dilation + tokens)
-            seen = columns[:, place]
-            if documents is not None:
-                seen = seen * (everywhere[:, place] == documents)[..., None, None]
-            total = torch.addcmul(total, seen, weights[tap])
-        return F.silu(total)
+        """SiLU(DWConv(columns)), [B, T, n, d]; `documents` [B, T] numbers the documents, None for one."""
+        rows, tokens = columns.shape[:2]
+        behind = 0 if tail is None else self.tail_length
+        if documents is None:
+            documents = torch.zeros(rows, tokens, dtype=torch.int64, device=columns.device)
+        if tail is not None:
+            columns = torch.cat([tail.to(columns.dtype).view(rows, behind, *columns.shape[2:]), columns], 1)
+            documents = F.pad(documents, (behind, 0))  # the tail belongs to document 0, the one that goes on
+        # One long row, in which no document goes on from a row to the next.
+        documents = documents + torch.arange(rows, device=documents.device)[:, None] * (tokens + 1)
+        taps = _at_least_float32(self.conv_weight).permute(2, 0, 1)
+        z = convolve(_at_least_float32(columns).flatten(0, 1), taps, documents.flatten(), self.dilation)
+        return F.silu(z.view(columns.shape)[:, behind:])
 
 
 class UngatedMemory(nn.Module):

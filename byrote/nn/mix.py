@@ -16,7 +16,6 @@ what runs on a GPU, under torch.compile and in other dtypes than float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import numba_is_there
+from byrote.compiled import compilable, run
 
 
 def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -56,12 +55,6 @@ def plain_read(streams: Tensor, pre: Tensor) -> Tensor:
 
 def plain_write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
     return torch.cat([mix, post.unsqueeze(2)], dim=2) @ torch.cat([streams, y.unsqueeze(1)], dim=1)
-
-
-def compilable(x: Tensor) -> bool:
-    """Whether the compiled loops can take x."""
-    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
-    return not plain and numba_is_there()
 
 
 class _Project(torch.autograd.Function):
@@ -119,22 +112,6 @@ class _Write(torch.autograd.Function):
         to_each = [torch.empty_like(tensor) for tensor in saved]
         run(_kernels()[3], *saved, gradients[0].contiguous(), *to_each)
         return tuple(to_each)
-
-
-def run(kernel: Callable[..., None], *tensors: Tensor) -> None:
-    """kernel(begin, end, *arrays) over all tokens; as many threads as torch has, each over its share of them."""
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    tokens, threads = len(arrays[0]), torch.get_num_threads()
-    if threads == 1 or tokens < 64 * threads:
-        kernel(0, tokens, *arrays)
-        return
-    ends = [tokens * i // threads for i in range(threads + 1)]
-    list(_pool(threads).map(lambda i: kernel(ends[i], ends[i + 1], *arrays), range(threads)))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "byrote-mix")
 
 
 @cache
