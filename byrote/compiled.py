@@ -45,15 +45,22 @@ def compilable(x: Tensor) -> bool:
     return numba_is_there() and not _plain.get()
 
 
-def run(kernel: Callable[..., None], first: Tensor, *others: Tensor | float, sums: Sequence[Tensor] = ()) -> None:
-    """kernel(begin, end, first, *others, *sums) over all tokens of `first`, shared among as many threads as torch has.
+def run(
+    kernel: Callable[..., None],
+    first: Tensor,
+    *others: Tensor | float,
+    sums: Sequence[Tensor] = (),
+    tokens: int | None = None,
+) -> None:
+    """kernel(begin, end, first, *others, *sums) over all tokens, shared among as many threads as torch has.
 
-    Every token adds to `sums`: each thread has zeros of its own, which are added up in the end.
+    `tokens`: how many there are; of None, as many as `first` is long. Every token adds to `sums`: each thread has zeros
+    of its own, which are added up in the end.
     """
     import torch
 
     arrays = [x.detach().numpy() if isinstance(x, torch.Tensor) else x for x in (first, *others)]
-    tokens, threads = len(first), torch.get_num_threads()
+    tokens, threads = len(first) if tokens is None else tokens, torch.get_num_threads()
     if tokens < 64 * threads:
         threads = 1
     ends = [tokens * i // threads for i in range(threads + 1)]

@@ -8,15 +8,13 @@ Shapes: X [N, n, d], W [m, n d], z [N, m], x and y [N, d], pre and post [N, n], 
 
 The streams are the largest tensor of a block, and what a connection costs is how often they pass through memory.
 `project` and `read` hand X on beside their result, so that in backward the gradient of X is one running sum and not
-three tensors that are added up. On a CPU, read and write are compiled loops, one pass each: for one token they are
-products of 4 x 4 matrices, too small for a library. `plain_project`, `plain_read` and `plain_write` are the twins, and
-what runs on a GPU, under torch.compile and in other dtypes than float32.
+three tensors that are added up. On a CPU, read and write of four streams are compiled loops, one pass each: for one
+token they are products of 4 x 4 matrices, too small for a library. `plain_project`, `plain_read` and `plain_write` are
+the twins, and what runs for other n, on a GPU, under torch.compile and in other dtypes than float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,12 +34,17 @@ def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 def read(streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """x, X"""
-    return _Read.apply(streams, pre) if compilable(streams) else (plain_read(streams, pre), streams)  # type: ignore[no-any-return]
+    return _Read.apply(streams, pre) if _fits(streams) else (plain_read(streams, pre), streams)  # type: ignore[no-any-return]
 
 
 def write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
-    chosen = _Write.apply if compilable(streams) else plain_write
+    chosen = _Write.apply if _fits(streams) else plain_write
     return chosen(streams, y, mix, post)  # type: ignore[no-any-return]
+
+
+def _fits(streams: Tensor) -> bool:
+    """Whether the compiled loops can take X: they are written for four streams, which is what the papers have."""
+    return compilable(streams) and streams.shape[1] == 4 and streams.shape[2] % 16 == 0
 
 
 def plain_project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,7 +86,7 @@ class _Read(torch.autograd.Function):
         kept, pre = streams.contiguous(), pre.contiguous()
         ctx.save_for_backward(kept, pre)
         x = torch.empty_like(kept[:, 0])
-        run(_kernels()[0], kept, pre, x)
+        run(_kernels().read, kept, pre, x)
         return x, streams.view_as(streams)
 
     @staticmethod
@@ -92,7 +95,7 @@ class _Read(torch.autograd.Function):
         streams, pre = ctx.saved_tensors
         to_x, to_streams = (gradient.contiguous() for gradient in gradients)
         total, to_pre = torch.empty_like(streams), torch.empty_like(pre)
-        run(_kernels()[1], streams, pre, to_x, to_streams, total, to_pre)
+        run(_kernels().read_backward, streams, pre, to_x, to_streams, total, to_pre)
         return total, to_pre
 
 
@@ -102,7 +105,7 @@ class _Write(torch.autograd.Function):
         saved = [tensor.contiguous() for tensor in (streams, y, mix, post)]
         ctx.save_for_backward(*saved)
         out = torch.empty_like(saved[0])
-        run(_kernels()[2], *saved, out)
+        run(_kernels().write, *saved, out)
         return out
 
     @staticmethod
@@ -110,83 +113,11 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         to_each = [torch.empty_like(tensor) for tensor in saved]
-        run(_kernels()[3], *saved, gradients[0].contiguous(), *to_each)
+        run(_kernels().write_backward, *saved, gradients[0].contiguous(), *to_each)
         return tuple(to_each)
 
 
-@cache
-def _kernels() -> tuple[Callable[..., None], ...]:
-    """read, its backward, write, its backward; compiled at first use and kept on disk."""
-    from numba import njit
+def _kernels() -> Any:
+    from byrote.nn import mix_kernels
 
-    # Sums of products may be reordered, so that they run over whole vectors; NaN and infinity stay what they are.
-    # Each inner loop has one coefficient and few arrays: with more, the compiler cannot tell that they do not overlap.
-    options: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}}
-    three, two, one = "float32[:,:,::1]", "float32[:,::1]", "int64"
-
-    @njit(f"void({one}, {one}, {three}, {two}, {two})", **options)
-    def read(begin, end, streams, pre, x):
-        n, d = streams.shape[1:]
-        for t in range(begin, end):
-            for k in range(n):
-                weight = pre[t, k]
-                if k == 0:
-                    for c in range(d):
-                        x[t, c] = weight * streams[t, k, c]
-                else:
-                    for c in range(d):
-                        x[t, c] += weight * streams[t, k, c]
-
-    @njit(f"void({one}, {one}, {three}, {two}, {two}, {three}, {three}, {two})", **options)
-    def read_backward(begin, end, streams, pre, to_x, to_streams, total, to_pre):
-        n, d = streams.shape[1:]
-        for t in range(begin, end):
-            for k in range(n):
-                weight, product = pre[t, k], 0 * pre[t, k]
-                for c in range(d):
-                    product += to_x[t, c] * streams[t, k, c]
-                to_pre[t, k] = product
-                for c in range(d):
-                    total[t, k, c] = to_streams[t, k, c] + weight * to_x[t, c]
-
-    @njit(f"void({one}, {one}, {three}, {two}, {three}, {two}, {three})", **options)
-    def write(begin, end, streams, y, mix, post, out):
-        n, d = streams.shape[1:]
-        for t in range(begin, end):
-            for i in range(n):
-                weight = post[t, i]
-                for c in range(d):
-                    out[t, i, c] = weight * y[t, c]
-                for k in range(n):
-                    weight = mix[t, i, k]
-                    for c in range(d):
-                        out[t, i, c] += weight * streams[t, k, c]
-
-    @njit(f"void({one}, {one}, {three}, {two}, {three}, {two}, {three}, {three}, {two}, {three}, {two})", **options)
-    def write_backward(begin, end, streams, y, mix, post, gradient, to_streams, to_y, to_mix, to_post):
-        n, d = streams.shape[1:]
-        for t in range(begin, end):
-            for i in range(n):
-                weight, product = post[t, i], 0 * post[t, i]
-                for c in range(d):
-                    product += gradient[t, i, c] * y[t, c]
-                to_post[t, i] = product
-                if i == 0:
-                    for c in range(d):
-                        to_y[t, c] = weight * gradient[t, i, c]
-                else:
-                    for c in range(d):
-                        to_y[t, c] += weight * gradient[t, i, c]
-                for k in range(n):
-                    weight, product = mix[t, i, k], 0 * mix[t, i, k]
-                    for c in range(d):
-                        product += gradient[t, i, c] * streams[t, k, c]
-                    to_mix[t, i, k] = product
-                    if i == 0:
-                        for c in range(d):
-                            to_streams[t, k, c] = weight * gradient[t, i, c]
-                    else:
-                        for c in range(d):
-                            to_streams[t, k, c] += weight * gradient[t, i, c]
-
-    return read, read_backward, write, write_backward
+    return mix_kernels

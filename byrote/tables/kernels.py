@@ -14,9 +14,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from byrote.vectors import LANES, load, splat, store
+
 AHEAD = 24  # rows: about what the memory system keeps in flight
 LINE = 64  # bytes of a cache line
-LANES = 16  # values that a vector of 64 bytes holds
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -29,22 +30,8 @@ def _intrinsic(function):
     return intrinsic(function)
 
 
-def _splat(builder, value, lanes):
-    one = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
-
-
 def _constant(kind, number, lanes):
     return ir.Constant(ir.VectorType(kind, lanes), [number] * lanes)
-
-
-def _load(builder, address, kind, lanes):
-    pointer = builder.inttoptr(address, ir.VectorType(kind, lanes).as_pointer())
-    return builder.load(pointer, align=1)
-
-
-def _store(builder, address, vector):
-    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=1)
 
 
 @_intrinsic
@@ -68,7 +55,7 @@ def _unary(produce):
     @_intrinsic
     def move(typingctx, destination, source):
         def generate(context, builder, signature, arguments):
-            _store(builder, arguments[0], produce(builder, arguments[1]))
+            store(builder, arguments[0], produce(builder, arguments[1]))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -83,8 +70,8 @@ def _scaled(produce):
     def move(typingctx, destination, source, scale):
         def generate(context, builder, signature, arguments):
             values = produce(builder, arguments[1])
-            scales = _splat(builder, arguments[2], values.type.count)
-            _store(builder, arguments[0], builder.fmul(values, scales))
+            scales = splat(builder, arguments[2], values.type.count)
+            store(builder, arguments[0], builder.fmul(values, scales))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.float32), generate
@@ -108,13 +95,13 @@ def _loader(kind, result):
 load_i64 = _loader(I64, types.int64)
 load_f32 = _loader(F32, types.float32)
 copy_64, copy_32, copy_16, copy_8, copy_4, copy_2, copy_1 = (
-    _unary(lambda builder, source, size=size: _load(builder, source, I8, size)) for size in (64, 32, 16, 8, 4, 2, 1)
+    _unary(lambda builder, source, size=size: load(builder, source, I8, size)) for size in (64, 32, 16, 8, 4, 2, 1)
 )
 
 
 def _bf16(lanes):
     def produce(builder, source):
-        wide = builder.zext(_load(builder, source, I16, lanes), ir.VectorType(I32, lanes))
+        wide = builder.zext(load(builder, source, I16, lanes), ir.VectorType(I32, lanes))
         return builder.shl(wide, _constant(I32, 16, lanes))  # a bf16 is the upper half of a float32
 
     return _unary(produce)
@@ -122,7 +109,7 @@ def _bf16(lanes):
 
 def _fp8(lanes):
     def produce(builder, source):
-        bits = builder.zext(_load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
+        bits = builder.zext(load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
         low = builder.and_(bits, _constant(I32, 0x7F, lanes))
         sign = builder.shl(builder.and_(bits, _constant(I32, 0x80, lanes)), _constant(I32, 24, lanes))
         # Exponent and mantissa in the places of a float32, whose exponent counts from 127 and not from 7.
@@ -138,7 +125,7 @@ def _fp8(lanes):
 
 def _int8(lanes):
     def produce(builder, source):
-        wide = builder.sext(_load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
+        wide = builder.sext(load(builder, source, I8, lanes), ir.VectorType(I32, lanes))
         return builder.sitofp(wide, ir.VectorType(F32, lanes))
 
     return _scaled(produce)
@@ -147,7 +134,7 @@ def _int8(lanes):
 def _int4(lanes):
     def produce(builder, source):
         half = max(lanes // 2, 1)
-        pairs = builder.zext(_load(builder, source, I8, half), ir.VectorType(I32, half))
+        pairs = builder.zext(load(builder, source, I8, half), ir.VectorType(I32, half))
         # Shift a nibble to the top, then down again with its sign.
         low = builder.ashr(builder.shl(pairs, _constant(I32, 28, half)), _constant(I32, 28, half))
         high = builder.ashr(builder.shl(pairs, _constant(I32, 24, half)), _constant(I32, 28, half))
@@ -184,9 +171,9 @@ def _adam(lanes):
     @_intrinsic
     def move(typingctx, row, first, second, gradient, beta1, rest1, beta2, rest2, correction1, correction2, eps, rate):
         def generate(context, builder, signature, arguments):
-            places, scalars = arguments[:4], [_splat(builder, value, lanes) for value in arguments[4:]]
+            places, scalars = arguments[:4], [splat(builder, value, lanes) for value in arguments[4:]]
             beta1, rest1, beta2, rest2, correction1, correction2, eps, rate = scalars
-            values, m, v, g = (_load(builder, place, F32, lanes) for place in places)
+            values, m, v, g = (load(builder, place, F32, lanes) for place in places)
             m = builder.fadd(builder.fmul(m, beta1), builder.fmul(g, rest1))
             v = builder.fadd(builder.fmul(v, beta2), builder.fmul(builder.fmul(g, g), rest2))
             kind = ir.FunctionType(values.type, [values.type])
@@ -194,7 +181,7 @@ def _adam(lanes):
             below = builder.fadd(builder.call(root, [builder.fdiv(v, correction2)]), eps)
             moved = builder.fdiv(builder.fmul(rate, builder.fdiv(m, correction1)), below)
             for place, new in zip(places, (builder.fsub(values, moved), m, v), strict=False):
-                _store(builder, place, new)
+                store(builder, place, new)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4, *[types.float32] * 8), generate
@@ -208,9 +195,9 @@ def _step(lanes):
     @_intrinsic
     def move(typingctx, row, gradient, factor):
         def generate(context, builder, signature, arguments):
-            values, g = (_load(builder, place, F32, lanes) for place in arguments[:2])
-            moved = builder.fmul(_splat(builder, arguments[2], lanes), g)
-            _store(builder, arguments[0], builder.fadd(values, moved))
+            values, g = (load(builder, place, F32, lanes) for place in arguments[:2])
+            moved = builder.fmul(splat(builder, arguments[2], lanes), g)
+            store(builder, arguments[0], builder.fadd(values, moved))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.float32), generate

@@ -32,7 +32,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("n", "d", "tokens"), [(1, 8, 3), (2, 33, 1), (4, 128, 300), (5, 7, 131)])
+# Compiled for four streams of a multiple of 16, else plain.
+SHAPES = [(4, 128, 300), (4, 16, 1), (4, 48, 131), (4, 40, 131), (1, 8, 3), (2, 33, 1), (5, 16, 7)]
+
+
+@pytest.mark.parametrize(("n", "d", "tokens"), SHAPES)
 def test_twins(threads, n, d, tokens):
     torch.manual_seed(0)
     streams, weight = numbers(tokens, n, d), numbers(n * (n + 2), n * d)
@@ -45,7 +49,7 @@ def test_twins(threads, n, d, tokens):
 def test_inputs_in_any_layout():
     """Expanded streams (a first connection's), transposed coefficients."""
     torch.manual_seed(0)
-    x, pre, mix, y = numbers(90, 6), numbers(4, 90), numbers(4, 4, 90), numbers(90, 6)
+    x, pre, mix, y = numbers(90, 16), numbers(4, 90), numbers(4, 4, 90), numbers(90, 16)
 
     def both(read, write):
         def function(x, pre, mix, y):
@@ -68,15 +72,15 @@ def test_other_dtypes_take_the_plain_way():
 
 
 def test_there_is_no_second_derivative():
-    streams, pre = numbers(3, 2, 4), numbers(3, 2)
+    streams, pre = numbers(3, 4, 16), numbers(3, 4)
     [gradient] = torch.autograd.grad(read(streams, pre)[0].square().sum(), [pre], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
 def test_nothing_that_is_not_finite_is_lost():
-    streams, pre = torch.randn(4, 2, 8), torch.rand(4, 2)
+    streams, pre = torch.randn(4, 4, 16), torch.rand(4, 4)
     streams[1, 0, 3], streams[2, 1, 0] = float("nan"), float("inf")
     x, _ = read(streams, pre)
-    assert x[1].isnan().tolist() == [c == 3 for c in range(8)] and x[2, 0].isinf()
+    assert x[1].isnan().tolist() == [c == 3 for c in range(16)] and x[2, 0].isinf()
     assert x[[0, 3]].isfinite().all()
