@@ -7,10 +7,11 @@
 Shapes: X [N, n, d], W [m, n d], z [N, m], x and y [N, d], pre and post [N, n], H [N, n, n] (new, old).
 
 The streams are the largest tensor of a block, and what a connection costs is how often they pass through memory.
-`project` and `read` hand X on beside their result, so that in backward the gradient of X is one running sum and not
-three tensors that are added up. On a CPU, read and write of four streams are compiled loops, one pass each: for one
-token they are products of 4 x 4 matrices, too small for a library. `plain_project`, `plain_read` and `plain_write` are
-the twins, and what runs for other n, on a GPU, under torch.compile and in other dtypes than float32.
+`project` and `read` hand X on beside their result, so that in backward the gradient of X is one running sum, in one
+place: they overwrite the gradient of the X that they hand on, which is for the next of the three alone. On a CPU, read
+and write of four streams are compiled loops, one pass each: for one token they are products of 4 x 4 matrices, too
+small for a library. `plain_project`, `plain_read` and `plain_write` are the twins, and what runs for other n, on a GPU,
+under torch.compile and in other dtypes than float32.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def plain_write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        streams = streams.contiguous()
         flat = streams.flatten(1)
         scale = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_().div_(flat.shape[1]).add_(eps)).rsqrt_()
         z = F.linear(flat, weight).mul_(scale)
@@ -75,9 +77,9 @@ class _Project(torch.autograd.Function):
         flat, weight, scale, z = ctx.saved_tensors
         to_z, to_streams = gradients
         shrink = (to_z * z).sum(dim=1, keepdim=True).mul_(scale.square()).div_(-flat.shape[1])
-        to_flat = torch.addcmul(to_streams.flatten(1), flat, shrink)
         product = to_z * scale
-        return to_flat.addmm_(product, weight).view_as(to_streams), product.T @ flat, None
+        to_flat = to_streams.contiguous().flatten(1).addcmul_(flat, shrink).addmm_(product, weight)
+        return to_flat.view_as(to_streams), product.T @ flat, None
 
 
 class _Read(torch.autograd.Function):
@@ -94,9 +96,9 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         streams, pre = ctx.saved_tensors
         to_x, to_streams = (gradient.contiguous() for gradient in gradients)
-        total, to_pre = torch.empty_like(streams), torch.empty_like(pre)
-        run(_kernels().read_backward, streams, pre, to_x, to_streams, total, to_pre)
-        return total, to_pre
+        to_pre = torch.empty_like(pre)
+        run(_kernels().read_backward, streams, pre, to_x, to_streams, to_pre)
+        return to_streams, to_pre
 
 
 class _Write(torch.autograd.Function):

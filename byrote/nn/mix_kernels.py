@@ -92,13 +92,13 @@ def _read(token, streams, pre, x):
 
 
 @_per_token
-def _read_backward(token, streams, pre, to_x, to_streams, total, to_pre):
+def _read_backward(token, streams, pre, to_x, to_streams, to_pre):
     pre, sums = token.coefficients(pre, N), token.totals(N)
     with token.columns() as (at, _):
         gradient = token.load(to_x, 0, at)
         for k in RANGE:
             token.add(sums[k], gradient, token.load(streams, k, at))
-            token.store(total, k, at, token.sum([token.load(to_streams, k, at), (pre[k], gradient)]))
+            token.store(to_streams, k, at, token.sum([token.load(to_streams, k, at), (pre[k], gradient)]))
     token.write_totals(sums, to_pre)
 
 
@@ -145,11 +145,12 @@ def read(begin, end, streams, pre, x):
         _read((streams[t].ctypes.data, pre[t].ctypes.data, x[t].ctypes.data), 4 * x.shape[1])
 
 
-@_compiled("three", "two", "two", "three", "three", "two")
-def read_backward(begin, end, streams, pre, to_x, to_streams, total, to_pre):
+@_compiled("three", "two", "two", "three", "two")
+def read_backward(begin, end, streams, pre, to_x, to_streams, to_pre):
+    """Adds to `to_streams`."""
     for t in range(begin, end):
         inputs = streams[t].ctypes.data, pre[t].ctypes.data, to_x[t].ctypes.data, to_streams[t].ctypes.data
-        _read_backward((*inputs, total[t].ctypes.data, to_pre[t].ctypes.data), 4 * to_x.shape[1])
+        _read_backward((*inputs, to_pre[t].ctypes.data), 4 * to_x.shape[1])
 
 
 @_compiled("three", "two", "three", "two", "three")
