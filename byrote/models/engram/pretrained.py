@@ -23,6 +23,7 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import RamTable, Table
+from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 
 
@@ -102,8 +103,8 @@ class EngramPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
-        `placement`: where the tables live; "host" is RAM, "file" leaves the tables of a checkpoint of a file-table run
-        where they are, to be read. Either follows such a checkpoint to the run's log.
+        `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
+        trained. Either follows a checkpoint of a file-table run to the run's log.
         """
         if placement not in ("host", "file"):
             raise ValueError(f"placement must be 'host' or 'file', got {placement!r}")
@@ -159,9 +160,8 @@ def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: s
     if pointer.is_file():
         logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
         return logged if placement == "file" else logged.in_memory()
-    if placement == "file":
-        raise ValueError(f"{path} is a whole table, of no file-table run; open it with placement='host'")
-    return RamTable.open(path, num_rows=num_rows, width=width, digest=digest)
+    opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
+    return opened.open(path, num_rows=num_rows, width=width, digest=digest)
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
