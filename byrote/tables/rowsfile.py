@@ -65,9 +65,9 @@ class RowsFile:
     def batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(records, ids, where): the rows `rows[where]` are `records[ids]`; where None: all of them.
 
-        Row ids int64 [N]; records uint8 [M, row_bytes], read only: those that were asked for, or the whole mapping.
+        Row ids int64 [N], which the caller has checked; records uint8 [M, row_bytes], read only: those that were
+        asked for, or the whole mapping.
         """
-        check_row_ids(rows, self.num_rows)
         if len(self.parts) == 1:
             yield *self.parts[0].records(rows), None
             return
@@ -78,6 +78,7 @@ class RowsFile:
 
     def read(self, rows: Tensor) -> Tensor:
         """Records uint8 [N, row_bytes] of row ids int64 [N]."""
+        check_row_ids(rows, self.num_rows)
         out = torch.empty(len(rows), self.row_bytes, dtype=torch.uint8)
         for records, ids, where in self.batches(rows):
             if where is None:
