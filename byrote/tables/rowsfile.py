@@ -34,7 +34,7 @@ from byrote.tables import preads
 from byrote.tables.headers import Place, find_tensor
 from byrote.tables.table import check_row_ids
 
-SAMPLE = 128  # records
+SAMPLE = 64  # records
 THREADS = 8  # a thread's reads are all under way at once, see `preads.py`
 
 
