@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byrote.tables import gather
+from byrote.tables.checksums import discard
 from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
 from byrote.tables.table import RowState, StateFields, check_row_ids
@@ -243,6 +244,7 @@ def chance(digest: str, generation: int) -> torch.Generator:
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: array.contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)})
+    discard(path)
     os.replace(temporary, path)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byrote.tables.checksums import discard
+
 NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 Pieces = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]
 
@@ -33,6 +35,7 @@ def stream(path: Path, arrays: Mapping[str, Pieces], header: dict[str, Any]) -> 
         for _, _, pieces in arrays.values():
             for piece in pieces():
                 file.write(as_bytes(piece, piece[:1].nbytes).data)
+    discard(path)
     os.replace(temporary, path)
 
 

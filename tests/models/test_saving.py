@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.models.engram import EngramModel
 from byrote.tables import RamTable
+from byrote.tables.checksums import verify
 from byrote.tables.file import FileTable
 from tests.models.conftest import VOCABULARY, logits, make, tables, train
 
@@ -299,3 +300,12 @@ def test_a_missing_or_truncated_table_in_place(model, tmp_path, spoil):
     spoil(tmp_path / "table-2.safetensors")
     with pytest.raises(ValueError, match=r"table-2.safetensors: (no such|truncated)"):
         EngramForCausalLM.from_pretrained(tmp_path, placement="file")
+
+
+def test_checksums_on_request(model, tmp_path):
+    model.save_pretrained(tmp_path, checksums=True)
+    assert verify(tmp_path / "table-1.safetensors") == verify(tmp_path / "table-2.safetensors") == []
+    train(model).save_pretrained(tmp_path)  # those of other bytes do not stay
+    assert not list(tmp_path.glob("*.sums"))
+    model.save_pretrained(tmp_path, checksums=True)
+    assert len(list(tmp_path.glob("*.sums"))) == 2

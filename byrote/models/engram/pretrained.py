@@ -23,6 +23,7 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import RamTable, Table
+from byrote.tables.checksums import write_sums
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 
@@ -80,11 +81,12 @@ class EngramPreTrainedModel(PreTrainedModel):
             self.memory_stack.drop_pending()
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, tables: bool = True, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
         """Backbone, then tables, then the config: a folder with a config is complete.
 
-        `tables=False` leaves the tables out, for who stores them elsewhere.
+        `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
+        table beside it, for `byrote table verify`.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
@@ -95,6 +97,8 @@ class EngramPreTrainedModel(PreTrainedModel):
         config, aside = folder / "config.json", folder / "config.json.tmp"
         os.replace(config, aside)
         self.memory_stack.save_tables(folder)
+        for layer_id, _ in self.memory_stack.items() if checksums else ():
+            write_sums(self.memory_stack.table_path(folder, layer_id))
         os.replace(aside, config)
 
     @classmethod
