@@ -7,12 +7,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byrote.cli.table_convert import convert
+from byrote.cli.table_info import info
+from byrote.cli.table_verify import verify
+
 table = typer.Typer(no_args_is_help=True, help="Tables: what is in them, how they are read.")
 
 
 @table.callback()
 def _table() -> None:
     """Tables: what is in them, how they are read."""
+
+
+for _verb in (info, verify, convert):
+    table.command()(_verb)
 
 
 @table.command()
