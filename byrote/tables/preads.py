@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -21,19 +22,27 @@ import numpy as np
 
 from byrote.compiled import numba_is_there
 
+THREADS = 8  # a thread's reads are all under way at once
 RUN_BYTES = 1 << 20  # of neighbours in one read
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
-def read(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray, threads: int) -> None:
+def read(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray, threads: int = THREADS) -> None:
     """Ids int64, unique and ascending; `out` uint8 [U, size], contiguous. The caller has checked the ids."""
     assert out.dtype == np.uint8 and out.shape == (len(ids), size) and out.flags.c_contiguous
     one = _read_compiled if numba_is_there() and NOWAIT is not None else read_twin
-    if min(threads, len(ids)) < 2:
-        return one(fd, start, size, ids, out)
-    cuts = np.linspace(0, len(ids), min(threads, len(ids)) + 1).astype(np.int64).tolist()
-    parts, pool = [slice(*ends) for ends in itertools.pairwise(cuts)], _pool(os.getpid(), threads)
-    jobs = [pool.submit(one, fd, start, size, ids[part], out[part]) for part in parts]
+    spread(lambda part: one(fd, start, size, ids[part], out[part]), len(ids), threads)
+
+
+def spread(call: Callable[[slice], Any], count: int, threads: int) -> None:
+    """call(part) for `threads` parts of range(count), on threads; what one of them raises is raised here."""
+    threads = min(threads, count)
+    if threads < 2:
+        call(slice(0, count))
+        return
+    cuts = np.linspace(0, count, threads + 1).astype(np.int64).tolist()
+    pool = _pool(os.getpid())
+    jobs = [pool.submit(call, slice(*ends)) for ends in itertools.pairwise(cuts)]
     for job in jobs:
         job.result()
 
@@ -92,9 +101,9 @@ def _try(fd: int, place: int, out: np.ndarray) -> bool:
 
 
 @cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+def _pool(process: int) -> ThreadPoolExecutor:
     """Of this process: a child that was forked has none of its parent's threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="byrote-read")
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="byrote-read")
 
 
 def _kernels() -> Any:

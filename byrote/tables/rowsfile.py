@@ -34,8 +34,7 @@ from byrote.tables import preads
 from byrote.tables.headers import Place, find_tensor
 from byrote.tables.table import check_row_ids
 
-SAMPLE = 64  # records
-THREADS = 8  # a thread's reads are all under way at once, see `preads.py`
+SAMPLE = 32  # records
 
 
 class RowsFile:
@@ -115,7 +114,7 @@ class _Part:
         unique, inverse = np.unique(ids.numpy(), return_inverse=True)
         records = np.empty((len(unique), self.row_bytes), np.uint8)
         try:
-            preads.read(*about, unique, records, THREADS)
+            preads.read(*about, unique, records)
         except ValueError:
             self._check_size()
             raise
