@@ -14,7 +14,7 @@ from byrote.tables.ram import FORMAT_VERSION, chance
 from byrote.tables.stream import stream
 from byrote.tables.table import Table
 
-PIECE_BYTES = 16 << 20  # of rows in float32
+PIECE_BYTES = 4 << 20  # of rows in float32
 # The worst error of a value, as the docstring of `codecs.py` derives it; `Codec.bound` is the same as a number.
 BOUNDS = {
     "fp32": "none",
@@ -64,7 +64,8 @@ def convert(
             worst, bounds = errors.amax(1), to.bound(values)
             seen["worst"] = max(seen["worst"], float(worst.max()))
             seen["share"] = max(seen["share"], float((worst / bounds).nan_to_num(0.0).max()))  # 0 / 0: no error
-            squares.add_(torch.stack([errors.double().square().sum(), values.double().square().sum()]))
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (errors, values)]
+            squares.add_(torch.stack(norms).square())
             report(end, source.num_rows)
             yield records.view(to.dtype)
 

@@ -164,6 +164,21 @@ def test_the_released_fp8_row_keeps_its_codec(tmp_path):
     assert str(FileTable.released(tmp_path, "layers.1.engram.embed.weight").form) == "F8_E4M3"
 
 
+@pytest.mark.parametrize(("scale", "codec"), [("F8_E8M0", "fp8"), ("F32", "fp32")])
+def test_a_log_over_a_released_table(tmp_path, scale, codec):
+    """Released rows can be trained: what changes is stored so that nothing is lost of the rest."""
+    expected, *names = release(tmp_path, "F8_E4M3", scale, 2)
+    table = LoggedTable.create(FileTable.released(tmp_path, *names, digest=DIGEST), tmp_path / "log", {"sum_sq": ()})
+    rows, values = torch.tensor([3, 400]), torch.full((2, WIDTH), 0.5)
+    table.write(rows, values, {"sum_sq": torch.ones(2)})
+    table.commit()
+    expected[rows] = values
+    assert same(table.read(torch.arange(ROWS)), expected) and table.read_state(rows, {"sum_sq": ()})["sum_sq"].all()
+    table.save(tmp_path / "ours")
+    ours = RamTable.open(tmp_path / "ours", num_rows=ROWS, width=WIDTH, digest=DIGEST)
+    assert ours.codec == codec and ours.generation == 1 and same(ours.read(torch.arange(ROWS)), expected)
+
+
 def test_a_scale_of_nan_reads_as_nan(tmp_path, way):
     exponents = torch.tensor([[127, 255], [0, 254]], dtype=torch.uint8)
     save_file({"v": torch.ones(2, 64).to(torch.float8_e4m3fn), "s": exponents}, tmp_path / "f")
