@@ -7,12 +7,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byrote.cli.table_convert import convert
+from byrote.cli.table_info import info
+from byrote.cli.table_verify import verify
+
 table = typer.Typer(no_args_is_help=True, help="Tables: what is in them, how they are read.")
 
 
 @table.callback()
 def _table() -> None:
     """Tables: what is in them, how they are read."""
+
+
+for _verb in (info, verify, convert):
+    table.command()(_verb)
 
 
 @table.command()
@@ -77,6 +85,9 @@ def stats(
 @table.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small tables: seconds, not minutes.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Read a file of 10 GB too (quick: 0.3 GB), made here, then deleted.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
     """Measure tables against what else there is, on one core."""
@@ -85,6 +96,7 @@ def bench(
     import torch
     from rich.table import Table
 
+    from byrote.lab.file_bench import engramdb_is_there
     from byrote.lab.table_bench import Options, run, state_bytes
 
     console = Console()
@@ -93,7 +105,7 @@ def bench(
         shown.add_column(column, justify="left" if column in ("what", "") else "right", no_wrap=column != "what")
     rows = []
     with console.status("measuring"):
-        for row in run(Options(quick)):
+        for row in run(Options(quick, folder=folder)):
             rows.append(row)
             goal = "" if row.target is None else f"{row.target:g}"
             verdict = {None: "", True: "met", False: "not met"}[row.met]
@@ -103,6 +115,10 @@ def bench(
     sizes = state_bytes()
     console.print(shown)
     console.print("ratio: their time over ours, the median of the rounds, and the range")
+    if folder is None:
+        console.print("rows out of a file: not measured, give a --folder with 12 GB of space")
+    elif not engramdb_is_there():
+        console.print("engramdb-python: not installed, so there are no rows against it")
     for size in sizes:
         console.print(
             f"state of {size['rule']}: {size['bytes']:.3f} bytes for each {size['of each']} ({size['target']})",

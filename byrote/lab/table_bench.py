@@ -49,8 +49,11 @@ void gather(const char *records, const int64_t *ids, int64_t count, char *out) {
 
 @dataclass(frozen=True)
 class Options:
+    """`folder`: where the large file is made and deleted again; None: files are not measured."""
+
     quick: bool = False
     rounds: int = 15
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,10 @@ def run(options: Options) -> Iterator[Row]:
     try:
         for benchmark in BENCHMARKS:
             yield from benchmark(options)
+        if options.folder is not None:
+            from byrote.lab.file_bench import bench_files
+
+            yield from bench_files(options)
     finally:
         torch.set_num_threads(threads)
 

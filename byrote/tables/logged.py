@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, Codec
+from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
-from byrote.tables.mapped import MappedTable
 from byrote.tables.ram import FORMAT_VERSION, RamTable, _load, chance
+from byrote.tables.stream import as_bytes, stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
@@ -31,7 +32,7 @@ CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 
 def open_base(path: Path) -> Any:
     """The read-only table under a log."""
-    return MappedTable(path)
+    return FileTable.open(path)
 
 
 class LoggedTable:
@@ -115,7 +116,7 @@ class LoggedTable:
             records = np.empty((len(ids), self.log.record_bytes), np.uint8)
             records[:, 0] = 1
             for name, (begin, end) in self._places().items():
-                records[:, begin:end] = _bytes(state[name].to("cpu", torch.float32), end - begin)
+                records[:, begin:end] = as_bytes(state[name].to("cpu", torch.float32), end - begin)
         stored = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
         records[:, 1 : 1 + self._value_bytes] = stored.numpy()
         self.log.write(ids, records)
@@ -147,7 +148,7 @@ class LoggedTable:
 
         dtype = self._codec.dtype
         shape = (self.num_rows, self._value_bytes // dtype.itemsize)
-        _stream(path, {"rows": (dtype, shape, chunks)}, self._header())
+        stream(path, {"rows": (dtype, shape, chunks)}, self._header())
 
     def save_state(self, path: Path) -> None:
         touched = torch.from_numpy(self._with_state())
@@ -160,7 +161,7 @@ class LoggedTable:
         if len(touched):
             for name in sorted(self.fields):
                 arrays[name] = (torch.float32, (len(touched), *self.fields[name]), chunks(name))  # type: ignore[assignment]
-        _stream(path, arrays, self._header())
+        stream(path, arrays, self._header())
 
     def load_state(self, path: Path) -> None:
         header, arrays = _load(path)
@@ -233,29 +234,3 @@ class LoggedTable:
 
 def _record_bytes(base: Any, fields: StateFields) -> int:
     return int(1 + CODECS[base.codec].record_bytes(base.width) + sum(4 * math.prod(s) for s in fields.values()))
-
-
-def _bytes(values: Tensor, size: int) -> np.ndarray:
-    if not len(values):
-        return np.empty((0, size), np.uint8)  # which torch does not view
-    return values.contiguous().flatten().view(torch.uint8).numpy().reshape(len(values), size)
-
-
-def _stream(path: Path, arrays: dict[str, Any], header: dict[str, Any]) -> None:
-    """A safetensors file of name -> (dtype, shape, chunks), written piece by piece; renamed when it is whole."""
-    names = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
-    content: dict[str, Any] = {"__metadata__": {"byrote": json.dumps(header)}}
-    at = 0
-    for name, (dtype, shape, _) in arrays.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, _, chunks in arrays.values():
-            for chunk in chunks():
-                file.write(_bytes(chunk, chunk[:1].nbytes).data)
-    os.replace(temporary, path)

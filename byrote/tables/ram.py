@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byrote.tables import gather
+from byrote.tables.checksums import discard
 from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
 from byrote.tables.table import RowState, StateFields, check_row_ids
@@ -206,12 +207,7 @@ class RamTable:
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
         """The table in `path`. ValueError where the file is truncated or is not the table that is asked for."""
         header, arrays = _load(path)
-        for field, expected in (("digest", digest), ("num_rows", num_rows), ("width", width)):
-            if header[field] != expected:
-                raise ValueError(
-                    f"{path}: {field} is {header[field]}, the model needs {expected}; "
-                    "the table was made for another address spec or config"
-                )
+        check_wanted(path, header, {"digest": digest, "num_rows": num_rows, "width": width})
         table = cls(num_rows, width, digest=digest, codec=header["codec"])
         rows, dtype = arrays.get("rows"), table._codec.dtype
         shape = [num_rows, table._codec.record_bytes(width) // dtype.itemsize]
@@ -260,7 +256,31 @@ def _ask_for_huge_pages(rows: Tensor) -> None:
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: array.contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)})
+    discard(path)
     os.replace(temporary, path)
+
+
+def table_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The header of a table of ours, from the metadata of its file."""
+    header = json.loads(metadata.get("byrote", "{}"))
+    if header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version")
+        raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
+    if missing := [name for name in HEADER if name not in header]:
+        raise ValueError(f"{path}: the header lacks {missing}; write tables with save_pretrained or Table.save")
+    if header["codec"] not in CODECS:
+        raise ValueError(f"{path}: codec {header['codec']!r}, this byrote reads {sorted(CODECS)}")
+    return header
+
+
+def check_wanted(path: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError where the header is not of the table that is wanted."""
+    for field, expected in wanted.items():
+        if header[field] != expected:
+            raise ValueError(
+                f"{path}: {field} is {header[field]}, the model needs {expected}; "
+                "the table was made for another address spec or config"
+            )
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -268,14 +288,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: no such table file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("byrote", "{}"))
-            if header.get("format_version") != FORMAT_VERSION:
-                version = header.get("format_version")
-                raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
-            if missing := [name for name in HEADER if name not in header]:
-                raise ValueError(f"{path}: the header lacks {missing}; write tables with save_pretrained or Table.save")
-            if header["codec"] not in CODECS:
-                raise ValueError(f"{path}: codec {header['codec']!r}, this byrote reads {sorted(CODECS)}")
+            header = table_header(path, file.metadata() or {})
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a table ({error})") from error

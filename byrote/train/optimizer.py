@@ -31,6 +31,7 @@ from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
+from byrote.tables.file import FileTable
 from byrote.tables.rules import update_rows
 from byrote.train.muon import Muon
 
@@ -207,7 +208,9 @@ class Optimizer(torch.optim.Optimizer):
             if rows.numel():
                 taken.append((memory, rows, gradient))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
-        for _, rows, gradient in taken:
+        for memory, rows, gradient in taken:
+            if isinstance(memory.table, FileTable):
+                memory.table.refuse()
             ends = torch.stack(torch.aminmax(gradient))  # one pass; both are NaN if anything is
             if not ends.isfinite().all():
                 bad = int((~gradient.isfinite()).any(dim=1).sum())

@@ -60,8 +60,12 @@ def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
     )
 
 
+def data_folder(recipe: Recipe) -> Path:
+    return Path(recipe.data.folder) if recipe.data.folder else default_folder(recipe.data.corpus)
+
+
 def prepare_data(recipe: Recipe, report: Callable[[str, int, int], None]) -> tuple[Path, dict[str, Any]]:
-    folder = Path(recipe.data.folder) if recipe.data.folder else default_folder(recipe.data.corpus)
+    folder = data_folder(recipe)
     if rank() == 0:
         meta = prepare(recipe.data.options, folder, report)
     _wait()

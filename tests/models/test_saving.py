@@ -11,6 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.models.engram import EngramModel
 from byrote.tables import RamTable
+from byrote.tables.checksums import verify
+from byrote.tables.file import FileTable
 from tests.models.conftest import VOCABULARY, logits, make, tables, train
 
 
@@ -263,3 +265,47 @@ def test_another_config_than_the_folder_has(model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"memory_row_width": 16}))
     with pytest.raises((ValueError, RuntimeError), match=r"width is 8, the model needs 16|size mismatch|ismatched"):
         EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_tables_stay_in_their_files(model, ids, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    loaded = EngramForCausalLM.from_pretrained(tmp_path / "a", placement="file")
+    assert all(isinstance(table, FileTable) for table in tables(loaded))
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    for folder in ("b", "a"):  # over itself too
+        loaded.save_pretrained(tmp_path / folder)
+        for path in (tmp_path / "a").glob("*.safetensors"):
+            assert path.read_bytes() == (tmp_path / folder / path.name).read_bytes()
+    assert torch.equal(logits(loaded, ids), logits(EngramForCausalLM.from_pretrained(tmp_path / "a"), ids))
+
+
+def test_training_tables_that_are_only_read_is_refused_and_changes_nothing(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, placement="file")
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    with pytest.raises(ValueError, match=r"reading only.*placement='host'.*train.placement='file'"):
+        train(loaded)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    loaded.memory_stack.requires_grad_(False)
+    loaded.zero_grad()
+    train(loaded)
+    after = loaded.state_dict()
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert torch.equal(logits(loaded, ids), logits(loaded, ids)) and tables(loaded)[0].generation == 3
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-5])])
+def test_a_missing_or_truncated_table_in_place(model, tmp_path, spoil):
+    model.save_pretrained(tmp_path)
+    spoil(tmp_path / "table-2.safetensors")
+    with pytest.raises(ValueError, match=r"table-2.safetensors: (no such|truncated)"):
+        EngramForCausalLM.from_pretrained(tmp_path, placement="file")
+
+
+def test_checksums_on_request(model, tmp_path):
+    model.save_pretrained(tmp_path, checksums=True)
+    assert verify(tmp_path / "table-1.safetensors") == verify(tmp_path / "table-2.safetensors") == []
+    train(model).save_pretrained(tmp_path)  # those of other bytes do not stay
+    assert not list(tmp_path.glob("*.sums"))
+    model.save_pretrained(tmp_path, checksums=True)
+    assert len(list(tmp_path.glob("*.sums"))) == 2

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import resource
 import tempfile
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 from byrote.memory import Memory
 from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
+from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
+from byrote.tables.stream import stream
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -44,7 +47,7 @@ KINDS = {
 }
 
 
-def logged(base: RamTable) -> LoggedTable:
+def logged(base: Table) -> LoggedTable:
     fields = {"moment": (base.width,), "touches": ()}
     return LoggedTable.create(base, Path(tempfile.mkdtemp()), fields, budget=5000)
 
@@ -56,6 +59,35 @@ KINDS |= {
         through(codec),
     )
     for codec in ("fp32", "bf16", "int4")
+}
+
+
+def saved(num_rows: int, width: int, *, codec: str, **kwargs) -> FileTable:
+    """The file of a RamTable, opened in place; above a million rows one of zeros, which is a hole."""
+    path, size = Path(tempfile.mkdtemp()) / "table", CODECS[codec].record_bytes(width)
+    drawn = RamTable(min(num_rows, 10**6), width, codec=codec, **kwargs)
+    if num_rows <= 10**6:
+        drawn.save(path)
+    else:
+        dtype = CODECS[codec].dtype
+        header = drawn._header() | {"num_rows": num_rows}
+        stream(path, {"rows": (dtype, (0, size // dtype.itemsize), lambda: iter([]))}, header)
+        text = path.read_bytes()[8:].replace(b"[0,0]", b"[0,%d]" % (num_rows * size))
+        text = text.replace(b'"shape":[0,', b'"shape":[%d,' % num_rows)
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(path, 8 + len(text) + num_rows * size)
+    table = FileTable.open(path)
+    path.unlink()
+    return table
+
+
+KINDS |= {
+    f"logged-file-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: logged(saved(*args, codec=codec, **kwargs)),
+        lambda path, **wanted: logged(FileTable.open(path, **wanted)),
+        through(codec),
+    )
+    for codec in ("fp32", "bf16", "fp8", "int8", "int4")
 }
 WANTED = {"num_rows": ROWS, "width": WIDTH, "digest": DIGEST}
 
@@ -355,7 +387,7 @@ BAD_FILES = {
     "absent": (Path.unlink, "no such table file"),
     "truncated": (truncate, "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
-    "something else": (lambda path: path.write_text("{}" * 50), "truncated or not a table"),
+    "something else": (lambda path: path.write_text("{}" * 50), "truncated or not a (table|safetensors file)"),
     "any safetensors": (
         lambda path: save_file({"rows": torch.ones(ROWS, WIDTH)}, path),
         "format_version None",

@@ -23,6 +23,8 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import RamTable, Table
+from byrote.tables.checksums import write_sums
+from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 
 
@@ -79,11 +81,12 @@ class EngramPreTrainedModel(PreTrainedModel):
             self.memory_stack.drop_pending()
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, tables: bool = True, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
         """Backbone, then tables, then the config: a folder with a config is complete.
 
-        `tables=False` leaves the tables out, for who stores them elsewhere.
+        `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
+        table beside it, for `byrote table verify`.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
@@ -94,6 +97,8 @@ class EngramPreTrainedModel(PreTrainedModel):
         config, aside = folder / "config.json", folder / "config.json.tmp"
         os.replace(config, aside)
         self.memory_stack.save_tables(folder)
+        for layer_id, _ in self.memory_stack.items() if checksums else ():
+            write_sums(self.memory_stack.table_path(folder, layer_id))
         os.replace(aside, config)
 
     @classmethod
@@ -102,8 +107,8 @@ class EngramPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
-        `placement`: where the tables live; "host" is RAM, "file" leaves the tables of a checkpoint of a file-table run
-        where they are, to be read. Either follows such a checkpoint to the run's log.
+        `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
+        trained. Either follows a checkpoint of a file-table run to the run's log.
         """
         if placement not in ("host", "file"):
             raise ValueError(f"placement must be 'host' or 'file', got {placement!r}")
@@ -159,9 +164,8 @@ def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: s
     if pointer.is_file():
         logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
         return logged if placement == "file" else logged.in_memory()
-    if placement == "file":
-        raise ValueError(f"{path} is a whole table, of no file-table run; open it with placement='host'")
-    return RamTable.open(path, num_rows=num_rows, width=width, digest=digest)
+    opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
+    return opened.open(path, num_rows=num_rows, width=width, digest=digest)
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
