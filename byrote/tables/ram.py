@@ -183,17 +183,7 @@ class RamTable:
         _save(arrays, path, self._header())
 
     def load_state(self, path: Path) -> None:
-        header, arrays = _load(path)
-        for field in ("digest", "num_rows", "width", "generation"):
-            if header[field] != getattr(self, field):
-                raise ValueError(
-                    f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
-                    "take rows and row state from one checkpoint"
-                )
-        rows = arrays.pop("rows", torch.zeros(1))
-        check_row_ids(rows, self.num_rows)
-        if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
-            raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+        rows, arrays = load_state_file(path, self)
         self._directory, self._state, self._touched = None, {}, 0
         if rows.numel():
             self._write_state(rows, arrays)
@@ -243,6 +233,22 @@ def chance(digest: str, generation: int) -> torch.Generator:
     """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
     # One number of 32 bits: a CPU generator takes no more of its seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))
+
+
+def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
+    """Row ids and rule state that `save_state` wrote of `table`; ValueError where they belong to other rows."""
+    header, arrays = _load(path)
+    for field in ("digest", "num_rows", "width", "generation"):
+        if header[field] != getattr(table, field):
+            raise ValueError(
+                f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
+                "take rows and row state from one checkpoint"
+            )
+    rows = arrays.pop("rows", torch.zeros(1))
+    check_row_ids(rows, table.num_rows)
+    if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
+        raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+    return rows, arrays
 
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ from byrote.memory import Memory
 from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
 from byrote.tables.logged import LoggedTable
+from byrote.tables.overlay import OverlayTable
+from byrote.tables.sparse import SparseRows
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -53,6 +55,22 @@ KINDS |= {
     f"logged-{codec}": Kind(
         lambda *args, codec=codec, **kwargs: logged(RamTable(*args, codec=codec, **kwargs)),
         lambda path, **wanted: logged(RamTable.open(path, **wanted)),
+        through(codec),
+    )
+    for codec in ("fp32", "bf16", "int4")
+}
+
+
+def laid_over(base: RamTable) -> OverlayTable:
+    """An overlay without a row: all that is written lies in it."""
+    top = SparseRows(base.num_rows, base.width, digest=base.digest, codec=base.codec)
+    return OverlayTable(base, top, writable=True)
+
+
+KINDS |= {
+    f"overlay-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: laid_over(RamTable(*args, codec=codec, **kwargs)),
+        lambda path, **wanted: laid_over(RamTable.open(path, **wanted)),
         through(codec),
     )
     for codec in ("fp32", "bf16", "int4")
