@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,15 +70,30 @@ class RamTable:
     def rows(self) -> Tensor:
         """All rows as they are stored, [R, W] or [R, B]; drawn on first use."""
         if self._rows is None:
-            generator = torch.Generator().manual_seed(self._seed)
             dtype = self._codec.dtype
             stored = self._codec.record_bytes(self.width) // dtype.itemsize
             rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
-            for part in rows.split(DRAWN):
-                values = torch.empty(len(part), self.width, device="cpu").normal_(0.0, self._std, generator=generator)
-                part.copy_(self._codec.encode(values, generator).view(dtype))
+            at = 0
+            for piece in self.pieces():
+                rows[at : at + len(piece)] = piece
+                at += len(piece)
             self._rows = rows
         return self._rows
+
+    @property
+    def drawn(self) -> bool:
+        return self._rows is not None
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows as they are stored, in order, some at a time; where they are not drawn yet, nothing is kept."""
+        if self._rows is not None:
+            yield from self._rows.split(DRAWN)
+            return
+        generator = torch.Generator().manual_seed(self._seed)
+        for at in range(0, self.num_rows, DRAWN):
+            size = min(DRAWN, self.num_rows - at)
+            values = torch.empty(size, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+            yield self._codec.encode(values, generator).view(self._codec.dtype)
 
     @property
     def _records(self) -> Tensor:
@@ -175,18 +191,32 @@ class RamTable:
 
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
-        arrays = {"rows": torch.zeros(0, dtype=torch.int64)}
+        touched = self.touched()
+        arrays = {"rows": touched}
         if self._directory is not None:
-            touched = self._directory.nonzero().squeeze(1)
             entries = self._directory.index_select(0, touched).long()
-            arrays = {"rows": touched, **{name: array.index_select(0, entries) for name, array in self._state.items()}}
+            arrays |= {name: array.index_select(0, entries) for name, array in self._state.items()}
         _save(arrays, path, self._header())
 
     def load_state(self, path: Path) -> None:
-        rows, arrays = load_state_file(path, self)
+        self.replace_state(*load_state_file(path, self))
+
+    def replace_state(self, rows: Tensor, state: RowState) -> None:
+        """Forget all rule state, and take that of rows [U]."""
         self._directory, self._state, self._touched = None, {}, 0
         if rows.numel():
-            self._write_state(rows, arrays)
+            self._write_state(rows, state)
+
+    def touched(self) -> Tensor:
+        """Ids of the rows with rule state [U], ascending."""
+        if self._directory is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return self._directory.nonzero().squeeze(1)
+
+    @property
+    def fields(self) -> StateFields:
+        """Names and shapes of the rule state that is kept; none before the first is written or read."""
+        return {name: tuple(array.shape[1:]) for name, array in self._state.items()}
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
@@ -211,7 +241,7 @@ class RamTable:
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
 
     def _check_fields(self, fields: StateFields) -> None:
-        if self._state and {name: tuple(array.shape[1:]) for name, array in self._state.items()} != dict(fields):
+        if self._state and self.fields != dict(fields):
             raise ValueError(f"the table keeps rule state {sorted(self._state)}, the rule asks for {sorted(fields)}")
 
     def _open_state(self, fields: StateFields) -> None:
