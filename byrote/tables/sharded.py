@@ -33,7 +33,7 @@ from byrote.tables.codecs import CODECS, check_finite
 from byrote.tables.logged import CHUNK_BYTES, _stream
 from byrote.tables.ram import FORMAT_VERSION, HEADER, RamTable, load_state_file
 from byrote.tables.ranks import Ranks
-from byrote.tables.table import RowState, StateFields, check_row_ids
+from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 
 
 class ShardedTable:
@@ -49,7 +49,7 @@ class ShardedTable:
         self.width, self.digest, self.codec = part.width, part.digest, part.codec
 
     @classmethod
-    def split(cls, table: RamTable, ranks: Ranks) -> ShardedTable:
+    def split(cls, table: Table, ranks: Ranks) -> ShardedTable:
         """Each rank's share of a table that all ranks have, with its rule state.
 
         A table that was not drawn yet is drawn piece by piece, and only the share is kept.

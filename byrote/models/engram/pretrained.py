@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -83,17 +84,22 @@ class EngramPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Backbone, then tables, then the config: a folder with a config is complete.
 
-        `tables=False` leaves the tables out, for who stores them elsewhere.
+        `tables=False` leaves the tables out, for who stores them elsewhere. With sharded tables all ranks call it, and
+        rank 0 writes.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
-        folder = Path(save_directory)
+        folder, stack = Path(save_directory), self.memory_stack
+        if stack is not None and stack.sharded and dist.get_rank() > 0:
+            if tables:
+                stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
+            return
         super().save_pretrained(folder, **kwargs)
-        if self.memory_stack is None or not tables or not kwargs.get("is_main_process", True):
+        if stack is None or not tables or not kwargs.get("is_main_process", True):
             return
         config, aside = folder / "config.json", folder / "config.json.tmp"
         os.replace(config, aside)
-        self.memory_stack.save_tables(folder)
+        stack.save_tables(folder)
         os.replace(aside, config)
 
     @classmethod
@@ -103,10 +109,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
         `placement`: where the tables live; "host" is RAM, "file" leaves the tables of a checkpoint of a file-table run
-        where they are, to be read. Either follows such a checkpoint to the run's log.
+        where they are, to be read. Either follows such a checkpoint to the run's log. "sharded" spreads the rows over
+        the ranks of the process group, which all call it.
         """
-        if placement not in ("host", "file"):
-            raise ValueError(f"placement must be 'host' or 'file', got {placement!r}")
+        if placement not in ("host", "file", "sharded"):
+            raise ValueError(f"placement must be 'host' or 'file' or 'sharded', got {placement!r}")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
@@ -122,7 +129,8 @@ class EngramPreTrainedModel(PreTrainedModel):
 
     def load_tables(self, folder: str | os.PathLike[str]) -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
-        self._open_tables(lambda file: Path(folder) / file)
+        sharded = self.memory_stack is not None and self.memory_stack.sharded
+        self._open_tables(lambda file: Path(folder) / file, "sharded" if sharded else "host")
 
     def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
         stack = self.memory_stack
@@ -141,6 +149,8 @@ class EngramPreTrainedModel(PreTrainedModel):
             opened.append((memory, table))
         for memory, table in opened:  # all or none
             memory.table = table
+        if placement == "sharded":
+            stack.shard()
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
