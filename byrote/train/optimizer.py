@@ -30,7 +30,7 @@ from byrote.memory.exchange import exchange, totals
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
-from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum, Table
+from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
 from byrote.tables.rules import update_rows
 from byrote.tables.sharded import ShardedTable
 from byrote.train.muon import Muon
@@ -215,22 +215,25 @@ class Optimizer(torch.optim.Optimizer):
             rows, gradient = pending.take() or _nothing(memory.anchor, memory.table.width)
             taken.append((memory, *exchange(memory.table, rows, gradient)))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
-        counted = [(*entry, *totals(entry[0].table, len(entry[1]), _not_finite(entry[2]))) for entry in taken]
-        for *_, total, bad in counted:
+        moved = []
+        for memory, rows, gradient in taken:
+            total, bad = totals(memory.table, len(rows), _not_finite(gradient))
             if bad:
                 raise RuntimeError(
                     f"{bad} of {total} row gradients are not finite; nothing was changed. "
                     "Lower the learning rate, or zero the gradients and skip this batch"
                 )
-        return [(memory, rows, gradient, total) for memory, rows, gradient, total, _ in counted if total]
+            if total:
+                moved.append((memory, rows, gradient, total))
+        return moved
 
     def _step_rows(self, row_gradients: list[tuple[Memory, Tensor, Tensor, int]]) -> None:
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
         for memory, rows, gradient, total in row_gradients:
-            table: Table = memory.table
-            if isinstance(table, ShardedTable):  # the rows are all its own
-                table, rows = table.part, table.ranks.local(rows)
+            table = memory.table
+            if isinstance(table, ShardedTable):  # the rows are all this rank's own
+                rows, table = table.ranks.local(rows), table.part
             if len(rows):
                 update_rows(table, self.rule, rows, gradient, rates[id(memory.anchor)])
             memory.commit()
