@@ -46,7 +46,7 @@ class TableCallback(TrainerCallback):
         engram = _engram(model)
         if engram.memory_stack is not None and engram.memory_stack.sharded:
             raise ValueError(
-                "the stock Trainer saves on one process, and sharded tables are saved by all of them: use `byrote train`, "
+                "the stock Trainer saves on one process, and all must save sharded tables: use `byrote train`, "
                 "or placement='host'"
             )
         if state.global_step == 0 or not any(memory.anchor.requires_grad for memory in _memories(engram)):
