@@ -1,7 +1,11 @@
 """Row gradients between ranks: what DDP's all-reduce is for dense gradients.
 
-DDP and FSDP see only the anchors. Each rank brings its unique (row, gradient) pairs; all ranks get the same sorted
-rows and the mean over ranks, so replicated tables that apply it stay equal to the last bit.
+DDP and FSDP see only the anchors. Each rank brings its unique (row, gradient) pairs.
+
+    replicated tables    all-gather: all ranks get the same sorted rows and the mean over ranks, and apply it alike
+    sharded tables       all-to-all: the owner of a row gets its gradients and is the only one to apply their mean
+
+Either sums the ranks' gradients of a row in the order of the ranks, so both give the same bits.
 """
 
 from __future__ import annotations
@@ -11,6 +15,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from byrote.memory.lookup import sum_rows
+from byrote.tables.sharded import ShardedTable
+from byrote.tables.table import Table
+
+
+def exchange(table: Table, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """rows int64 [U] and gradient float32 [U, W] of this rank -> those that it has to apply, averaged over the ranks.
+
+    Collective: every rank calls it for every table, with no rows too.
+    """
+    return mean_at_owners(table, rows, gradient) if isinstance(table, ShardedTable) else mean_over_ranks(rows, gradient)
+
+
+def totals(table: Table, *numbers: int) -> list[int]:
+    """Numbers of what this rank has to apply -> those of the whole table, the same on all ranks."""
+    return table.ranks.sum(list(numbers)) if isinstance(table, ShardedTable) else list(numbers)
+
+
+def mean_at_owners(table: ShardedTable, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Unique ascending rows [U] and their gradients [U, W] of this rank -> of all ranks, those of the rows it owns."""
+    rows, gradient = rows.cpu(), gradient.cpu()
+    route = table.ranks.route(rows)
+    rows, gradient = sum_rows(route.there(rows), route.there(gradient))
+    return rows, gradient / table.ranks.world
 
 
 def mean_over_ranks(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
+from byrote.tables.ranks import Ranks
+from byrote.tables.sharded import ShardedTable
 from byrote.tables.table import Table
 
 UNSET = -1
@@ -123,6 +125,16 @@ class MemoryStack(nn.Module):
         if state is not None:
             state.advance("ids", ids, sequence)
         return tickets
+
+    def shard(self) -> None:
+        """Spread the rows of every table over the ranks of the process group. All ranks call it."""
+        ranks = Ranks()
+        for _, memory in self.items():
+            memory.table = ShardedTable.split(memory.table, ranks)
+
+    @property
+    def sharded(self) -> bool:
+        return any(isinstance(memory.table, ShardedTable) for _, memory in self.items())
 
     def drop_pending(self) -> None:
         for _, memory in self.items():

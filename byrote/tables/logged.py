@@ -23,7 +23,7 @@ from torch import Tensor
 from byrote.tables.codecs import CODECS, Codec
 from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
-from byrote.tables.ram import FORMAT_VERSION, RamTable, _load, chance
+from byrote.tables.ram import FORMAT_VERSION, RamTable, chance, load_state_file
 from byrote.tables.stream import as_bytes, stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
@@ -164,17 +164,7 @@ class LoggedTable:
         stream(path, arrays, self._header())
 
     def load_state(self, path: Path) -> None:
-        header, arrays = _load(path)
-        for field in ("digest", "num_rows", "width", "generation"):
-            if header[field] != getattr(self, field):
-                raise ValueError(
-                    f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
-                    "take rows and row state from one checkpoint"
-                )
-        rows = arrays.pop("rows", torch.zeros(1))
-        check_row_ids(rows, self.num_rows)
-        if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
-            raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+        rows, arrays = load_state_file(path, self)
         if rows.numel():
             self._check_fields({name: tuple(array.shape[1:]) for name, array in arrays.items()})
         gone = np.setdiff1d(self._with_state(), rows.numpy())

@@ -19,6 +19,7 @@ import mmap
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,16 +74,31 @@ class RamTable:
     def rows(self) -> Tensor:
         """All rows as they are stored, [R, W] or [R, B]; drawn on first use."""
         if self._rows is None:
-            generator = torch.Generator().manual_seed(self._seed)
             dtype = self._codec.dtype
             stored = self._codec.record_bytes(self.width) // dtype.itemsize
             rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
             _ask_for_huge_pages(rows)
-            for part in rows.split(DRAWN):
-                values = torch.empty(len(part), self.width, device="cpu").normal_(0.0, self._std, generator=generator)
-                part.copy_(self._codec.encode(values, generator).view(dtype))
+            at = 0
+            for piece in self.pieces():
+                rows[at : at + len(piece)] = piece
+                at += len(piece)
             self._rows = rows
         return self._rows
+
+    @property
+    def drawn(self) -> bool:
+        return self._rows is not None
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows as they are stored, in order, some at a time; where they are not drawn yet, nothing is kept."""
+        if self._rows is not None:
+            yield from self._rows.split(DRAWN)
+            return
+        generator = torch.Generator().manual_seed(self._seed)
+        for at in range(0, self.num_rows, DRAWN):
+            size = min(DRAWN, self.num_rows - at)
+            values = torch.empty(size, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+            yield self._codec.encode(values, generator).view(self._codec.dtype)
 
     @property
     def _records(self) -> Tensor:
@@ -180,28 +196,32 @@ class RamTable:
 
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
-        arrays = {"rows": torch.zeros(0, dtype=torch.int64)}
+        touched = self.touched()
+        arrays = {"rows": touched}
         if self._directory is not None:
-            touched = self._directory.nonzero().squeeze(1)
             entries = self._directory.index_select(0, touched).long()
-            arrays = {"rows": touched, **{name: array.index_select(0, entries) for name, array in self._state.items()}}
+            arrays |= {name: array.index_select(0, entries) for name, array in self._state.items()}
         _save(arrays, path, self._header())
 
     def load_state(self, path: Path) -> None:
-        header, arrays = _load(path)
-        for field in ("digest", "num_rows", "width", "generation"):
-            if header[field] != getattr(self, field):
-                raise ValueError(
-                    f"{path}: row state has {field} {header[field]}, the table has {getattr(self, field)}; "
-                    "take rows and row state from one checkpoint"
-                )
-        rows = arrays.pop("rows", torch.zeros(1))
-        check_row_ids(rows, self.num_rows)
-        if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
-            raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+        self.replace_state(*load_state_file(path, self))
+
+    def replace_state(self, rows: Tensor, state: RowState) -> None:
+        """Forget all rule state, and take that of rows [U]."""
         self._directory, self._state, self._touched = None, {}, 0
         if rows.numel():
-            self._write_state(rows, arrays)
+            self._write_state(rows, state)
+
+    def touched(self) -> Tensor:
+        """Ids of the rows with rule state [U], ascending."""
+        if self._directory is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return self._directory.nonzero().squeeze(1)
+
+    @property
+    def fields(self) -> StateFields:
+        """Names and shapes of the rule state that is kept; none before the first is written or read."""
+        return {name: tuple(array.shape[1:]) for name, array in self._state.items()}
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
@@ -221,7 +241,7 @@ class RamTable:
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
 
     def _check_fields(self, fields: StateFields) -> None:
-        if self._state and {name: tuple(array.shape[1:]) for name, array in self._state.items()} != dict(fields):
+        if self._state and self.fields != dict(fields):
             raise ValueError(f"the table keeps rule state {sorted(self._state)}, the rule asks for {sorted(fields)}")
 
     def _open_state(self, fields: StateFields) -> None:
@@ -251,6 +271,22 @@ def _ask_for_huge_pages(rows: Tensor) -> None:
     first, last = -(-rows.data_ptr() // size) * size, (rows.data_ptr() + rows.nbytes) // size * size
     if sys.platform == "linux" and first < last:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
+
+
+def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
+    """Row ids and rule state that `save_state` wrote of `table`; ValueError where they belong to other rows."""
+    header, arrays = _load(path)
+    for field in ("digest", "num_rows", "width", "generation"):
+        if header[field] != getattr(table, field):
+            raise ValueError(
+                f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
+                "take rows and row state from one checkpoint"
+            )
+    rows = arrays.pop("rows", torch.zeros(1))
+    check_row_ids(rows, table.num_rows)
+    if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
+        raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+    return rows, arrays
 
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:

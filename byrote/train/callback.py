@@ -44,6 +44,11 @@ class TableCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         engram = _engram(model)
+        if engram.memory_stack is not None and engram.memory_stack.sharded:
+            raise ValueError(
+                "the stock Trainer saves on one process, and all must save sharded tables: use `byrote train`, "
+                "or placement='host'"
+            )
         if state.global_step == 0 or not any(memory.anchor.requires_grad for memory in _memories(engram)):
             return  # nothing is resumed, or the tables do not move
         given = self.resume_from_checkpoint or args.resume_from_checkpoint

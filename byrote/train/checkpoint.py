@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from byrote.train import filetables
@@ -35,8 +36,13 @@ def latest(run: Path) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: dict[str, Any], keep: int) -> Path:
+    """Rank 0 writes. With sharded tables all ranks call it, to hand their rows over."""
     target = run / "checkpoints" / f"{PREFIX}{step:06d}"
     partial = target.with_name(f".{target.name}.partial")
+    if dist.is_initialized() and dist.get_rank() > 0:
+        model.save_pretrained(partial)
+        model.save_row_state(partial / "row_state")
+        return target
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     from_files = bool(filetables.logged_tables(model))
@@ -57,6 +63,12 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
         shutil.rmtree(old)
     filetables.collect(model, checkpoints(run))
     return target
+
+
+def sharded(model: Any) -> bool:
+    """Whether the rows of the model's tables are spread over the ranks."""
+    stack = getattr(model, "memory_stack", None)
+    return stack is not None and stack.sharded
 
 
 def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class TrainRecipe:
     decay: float = 0.2  # of wsd: the share of the steps, the last ones, in which the rate falls
     precision: str = "float32"  # or "bfloat16": autocast
     gradient_checkpointing: bool = False
-    placement: str = "host"  # of the tables: RAM; or "file": changed rows in RUN/tables, a checkpoint points there
+    # Of the tables: RAM; "file": changed rows in RUN/tables, a checkpoint points there; "sharded": over the processes
+    placement: str = "host"
     seed: int = 0
     eval_every: int = 200  # steps; 0: at the end only
     eval_batches: int = 0  # of an evaluation on the way; 0: all. The last evaluation is of all
@@ -102,10 +103,15 @@ class TrainRecipe:
             "muon_coefficients": ("hybrid", "jordan"),
             "schedule": ("cosine", "constant", "step", "wsd"),
             "precision": ("float32", "bfloat16"),
-            "placement": ("host", "file"),
+            "placement": ("host", "file", "sharded"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if self.placement == "sharded" and self.row_rule == "sinkhorn":
+            raise ValueError(
+                'train.row_rule is "sinkhorn", which balances rows with one another: under train.placement "sharded" '
+                'a process has its own rows only; use "adam" or "adagrad"'
+            )
         if not 0 <= self.decay <= 1:
             raise ValueError(f"train.decay is {self.decay}; it is a share of the steps, from 0 to 1")
         for name, example in {"step_at": "[0.8, 0.9]", "mtp_weight_at": "[0.68]"}.items():

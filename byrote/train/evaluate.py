@@ -54,11 +54,14 @@ def evaluate(model: nn.Module, validation: Validation, precision: str = "float32
         every = max(1, whole // batches)
         selected = itertools.islice(selected, 0, every * batches, every)
     nats, tokens = 0.0, 0
-    for batch in itertools.islice(selected, rank, None, world):
+    while shared := list(itertools.islice(selected, world)):
+        # As many forwards on every rank: sharded tables are read by all together.
+        batch = shared[rank if rank < len(shared) else 0]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            nats += float(model(**on_device, **options, num_items_in_batch=1, use_cache=False).loss)
-        tokens += predicted(batch)
+            loss = float(model(**on_device, **options, num_items_in_batch=1, use_cache=False).loss)
+        if rank < len(shared):
+            nats, tokens = nats + loss, tokens + predicted(batch)
     if world > 1:
         total = torch.tensor([nats, tokens], dtype=torch.float64, device=device)
         dist.all_reduce(total)

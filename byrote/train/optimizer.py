@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from byrote.memory import Memory
-from byrote.memory.exchange import mean_over_ranks
+from byrote.memory.exchange import exchange, totals
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
 from byrote.tables.file import FileTable
 from byrote.tables.rules import update_rows
+from byrote.tables.sharded import ShardedTable
 from byrote.train.muon import Muon
 
 
@@ -195,8 +196,11 @@ class Optimizer(torch.optim.Optimizer):
             length = group["lr"] * self.muon.length(parameter.shape, group["blocks"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-length)
 
-    def _take_row_gradients(self) -> list[tuple[Memory, Tensor, Tensor]]:
-        """Row ids and gradients of each memory that moves, the same on all ranks; RuntimeError if one is not finite."""
+    def _take_row_gradients(self) -> list[tuple[Memory, Tensor, Tensor, int]]:
+        """Of each memory that moves: row ids and gradients that this rank applies, and how many rows move in all.
+
+        RuntimeError, on all ranks, if a gradient is not finite.
+        """
         taken = []
         for memory in self.memories:
             pending = memory.lookup.pending
@@ -204,29 +208,39 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if memory.anchor.grad is None:
                 pending.drop()  # the gradients were zeroed through a wrapper, which knows only the anchor
-            rows, gradient = mean_over_ranks(*(pending.take() or _nothing(memory.anchor, memory.table.width)))
-            if rows.numel():
-                taken.append((memory, rows, gradient))
+            if isinstance(memory.table, ShardedTable) and isinstance(self.rule, SinkhornMomentum):
+                raise ValueError(
+                    "row_rule='sinkhorn' balances rows with one another, of which a rank has its own only: "
+                    "train sharded tables with 'adam' or 'adagrad'"
+                )
+            rows, gradient = pending.take() or _nothing(memory.anchor, memory.table.width)
+            taken.append((memory, *exchange(memory.table, rows, gradient)))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
+        moved = []
         for memory, rows, gradient in taken:
-            if isinstance(memory.table, FileTable):
+            total, bad = totals(memory.table, len(rows), _not_finite(gradient))
+            if total and isinstance(memory.table, FileTable):
                 memory.table.refuse()
-            ends = torch.stack(torch.aminmax(gradient))  # one pass; both are NaN if anything is
-            if not ends.isfinite().all():
-                bad = int((~gradient.isfinite()).any(dim=1).sum())
+            if bad:
                 raise RuntimeError(
-                    f"{bad} of {rows.numel()} row gradients are not finite; nothing was changed. "
+                    f"{bad} of {total} row gradients are not finite; nothing was changed. "
                     "Lower the learning rate, or zero the gradients and skip this batch"
                 )
-        return taken
+            if total:
+                moved.append((memory, rows, gradient, total))
+        return moved
 
-    def _step_rows(self, row_gradients: list[tuple[Memory, Tensor, Tensor]]) -> None:
+    def _step_rows(self, row_gradients: list[tuple[Memory, Tensor, Tensor, int]]) -> None:
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
-        for memory, rows, gradient in row_gradients:
-            update_rows(memory.table, self.rule, rows, gradient, rates[id(memory.anchor)])
+        for memory, rows, gradient, total in row_gradients:
+            table = memory.table
+            if isinstance(table, ShardedTable):  # the rows are all this rank's own
+                rows, table = table.ranks.local(rows), table.part
+            if len(rows):
+                update_rows(table, self.rule, rows, gradient, rates[id(memory.anchor)])
             memory.commit()
-            self.rows_touched += rows.numel()
+            self.rows_touched += total
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
 
 
@@ -256,6 +270,13 @@ def _hidden_matrices(model: nn.Module) -> dict[int, int]:
         head = find_head() if find_head else None
         blocks.pop(id(getattr(head, "weight", None)), None)
     return blocks
+
+
+def _not_finite(gradient: Tensor) -> int:
+    """How many rows hold a number that is not finite."""
+    if not len(gradient) or torch.stack(torch.aminmax(gradient)).isfinite().all():  # both are NaN if anything is
+        return 0
+    return int((~gradient.isfinite()).any(dim=1).sum())
 
 
 def _nothing(anchor: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.engram import EngramConfig, EngramForCausalLM
 from byrote.train import filetables
-from byrote.train.checkpoint import align, checkpoints, latest
+from byrote.train.checkpoint import align, checkpoints, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
@@ -75,6 +75,7 @@ def prepare_data(recipe: Recipe, report: Callable[[str, int, int], None]) -> tup
 def train(recipe: Recipe, run: Path, console: Console, resume: bool = False) -> tuple[Trainer, Result]:
     """Do the whole of it, with live progress on rank 0's console."""
     console = console if rank() == 0 else Console(quiet=True)
+    _check_processes(recipe)
     with DataLive(console, recipe.data.corpus) as live:
         data, meta = prepare_data(recipe, live.report)
     with Live(console, run.name, recipe.train.steps) as shown:
@@ -94,6 +95,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a new run in `run`, or of the one that stopped there."""
     settings = recipe.train
+    _check_processes(recipe)
     checkpoint = _resumed(recipe, run) if resume else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -107,6 +109,8 @@ def make_trainer(
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()
+        if settings.placement == "sharded" and model.memory_stack is not None:
+            model.memory_stack.shard()
     model.to(_device(settings.device))
     world = dist.get_world_size() if dist.is_initialized() else 1
     packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
@@ -128,11 +132,12 @@ def make_trainer(
 
 def finish(recipe: Recipe, trainer: Trainer, result: Result, data: Path) -> None:
     """The picture, the sample and the numbers of a run that is done."""
+    text = sample(recipe, trainer, data) if rank() == 0 or sharded(trainer.model) else ""  # all ranks read the tables
     if rank():
         return
     name, records = trainer.run.name, read_metrics(trainer.run / "metrics.jsonl")
     plot_losses({name: records}, trainer.run / "loss.png", f"{name} on {recipe.data.corpus}")
-    (trainer.run / "sample.txt").write_text(sample(recipe, trainer, data) + "\n")
+    (trainer.run / "sample.txt").write_text(text + "\n")
     content = {"val_loss": result.score.loss, "bits_per_byte": result.score.bits_per_byte}
     content |= {"tokens": result.tokens, "seconds": round(result.seconds, 2)}
     (trainer.run / "result.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -161,7 +166,8 @@ def sample(recipe: Recipe, trainer: Trainer, data: Path) -> str:
 
 def start_processes() -> None:
     """Join the process group where torchrun started us."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 or dist.is_torchelastic_launched()
+    if started and not dist.is_initialized():
         dist.init_process_group("gloo")
 
 
@@ -179,6 +185,14 @@ def _device(name: str) -> torch.device:
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def _check_processes(recipe: Recipe) -> None:
+    if recipe.train.placement == "sharded" and not dist.is_initialized():
+        raise ValueError(
+            'train.placement is "sharded", which needs processes to share the rows: start with '
+            'torchrun --nproc-per-node=2 -m byrote train RECIPE, or use "host"'
+        )
 
 
 def _begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:

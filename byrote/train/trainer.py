@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
 from byrote.train import filetables
-from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint
+from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint, sharded
 from byrote.train.config import TrainRecipe
 from byrote.train.evaluate import Score, Validation, evaluate, loss_options
 from byrote.train.metrics import Metrics
@@ -113,7 +113,10 @@ class Trainer:
         return self.step * self.loader.packer.batch_size * self.loader.packer.length
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment, between two steps. All ranks call it; rank 0 writes."""
+        """Write a checkpoint of this moment, between two steps. All ranks call it; rank 0 writes.
+
+        Ranks with a share of the tables hand it over.
+        """
         states: list[Any] = [random_states()]
         if self.world > 1:
             states = [None] * self.world
@@ -127,7 +130,7 @@ class Trainer:
             "random": states,
         }
         saved = [""]
-        if self.rank == 0:
+        if self.rank == 0 or sharded(self.model):
             path = save_checkpoint(self.run, self.step, self.model, self.tokenizer, training, self.recipe.keep)
             saved = [str(path)]
         if self.world > 1:
@@ -136,8 +139,8 @@ class Trainer:
 
     def _restore(self, checkpoint: Path) -> None:
         training = load_training(checkpoint, self.model)
-        if len(training["random"]) != self.world:
-            before = len(training["random"])
+        before = len(training["random"])
+        if before != self.world and not sharded(self.model):
             raise ValueError(f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many")
         self.step, self.seconds = training["step"], training["seconds"]
         if self.step >= self.recipe.steps:
@@ -145,7 +148,8 @@ class Trainer:
         self.loader.load_state_dict(training["loader"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
-        restore_random_states(training["random"][self.rank])
+        # byrote itself draws from none of them: another number of ranks goes on with the same batches.
+        restore_random_states(training["random"][self.rank % before])
 
     def _train_step(self) -> str:
         """One optimizer step; returns why to stop, or nothing."""

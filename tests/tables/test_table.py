@@ -6,12 +6,13 @@ import os
 import pickle
 import resource
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,6 +21,10 @@ from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
+from byrote.tables.overlay import OverlayTable
+from byrote.tables.ranks import Ranks
+from byrote.tables.sharded import ShardedTable
+from byrote.tables.sparse import SparseRows
 from byrote.tables.stream import stream
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
@@ -89,12 +94,42 @@ KINDS |= {
     )
     for codec in ("fp32", "bf16", "fp8", "int8", "int4")
 }
+
+
+def laid_over(base: RamTable) -> OverlayTable:
+    """An overlay without a row: all that is written lies in it."""
+    top = SparseRows(base.num_rows, base.width, digest=base.digest, codec=base.codec)
+    return OverlayTable(base, top, writable=True)
+
+
+KINDS |= {
+    f"overlay-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: laid_over(RamTable(*args, codec=codec, **kwargs)),
+        lambda path, **wanted: laid_over(RamTable.open(path, **wanted)),
+        through(codec),
+    )
+    for codec in ("fp32", "bf16", "int4")
+}
+
+
+KINDS |= {
+    f"sharded-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: ShardedTable.split(RamTable(*args, codec=codec, **kwargs), Ranks()),
+        lambda path, **wanted: ShardedTable.open(path, ranks=Ranks(), **wanted),
+        through(codec),
+    )
+    for codec in ("fp32", "bf16", "int4")
+}
 WANTED = {"num_rows": ROWS, "width": WIDTH, "digest": DIGEST}
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
-def kind(request) -> Kind:
-    return request.param
+@pytest.fixture(params=KINDS)
+def kind(request) -> Iterator[Kind]:
+    if request.param.startswith("sharded"):  # over a group of one; more are in test_sharded.py
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield KINDS[request.param]
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -86,19 +87,23 @@ class EngramPreTrainedModel(PreTrainedModel):
         """Backbone, then tables, then the config: a folder with a config is complete.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
-        table beside it, for `byrote table verify`.
+        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
-        folder = Path(save_directory)
+        folder, stack = Path(save_directory), self.memory_stack
+        if stack is not None and stack.sharded and dist.get_rank() > 0:
+            if tables:
+                stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
+            return
         super().save_pretrained(folder, **kwargs)
-        if self.memory_stack is None or not tables or not kwargs.get("is_main_process", True):
+        if stack is None or not tables or not kwargs.get("is_main_process", True):
             return
         config, aside = folder / "config.json", folder / "config.json.tmp"
         os.replace(config, aside)
-        self.memory_stack.save_tables(folder)
-        for layer_id, _ in self.memory_stack.items() if checksums else ():
-            write_sums(self.memory_stack.table_path(folder, layer_id))
+        stack.save_tables(folder)
+        for layer_id, _ in stack.items() if checksums else ():
+            write_sums(stack.table_path(folder, layer_id))
         os.replace(aside, config)
 
     @classmethod
@@ -108,10 +113,11 @@ class EngramPreTrainedModel(PreTrainedModel):
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
         `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
-        trained. Either follows a checkpoint of a file-table run to the run's log.
+        trained. Either follows a checkpoint of a file-table run to the run's log. "sharded" spreads the rows over the
+        ranks of the process group, which all call it.
         """
-        if placement not in ("host", "file"):
-            raise ValueError(f"placement must be 'host' or 'file', got {placement!r}")
+        if placement not in ("host", "file", "sharded"):
+            raise ValueError(f"placement must be 'host' or 'file' or 'sharded', got {placement!r}")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
@@ -127,7 +133,8 @@ class EngramPreTrainedModel(PreTrainedModel):
 
     def load_tables(self, folder: str | os.PathLike[str]) -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
-        self._open_tables(lambda file: Path(folder) / file)
+        sharded = self.memory_stack is not None and self.memory_stack.sharded
+        self._open_tables(lambda file: Path(folder) / file, "sharded" if sharded else "host")
 
     def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
         stack = self.memory_stack
@@ -146,6 +153,8 @@ class EngramPreTrainedModel(PreTrainedModel):
             opened.append((memory, table))
         for memory, table in opened:  # all or none
             memory.table = table
+        if placement == "sharded":
+            stack.shard()
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
