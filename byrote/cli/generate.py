@@ -13,6 +13,11 @@ class Draft(StrEnum):
     mtp = "mtp"
 
 
+class Placement(StrEnum):
+    host = "host"
+    file = "file"
+
+
 def generate(
     folder: Annotated[Path, typer.Argument(help="A run folder or any Hugging Face model folder.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
@@ -21,6 +26,8 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    placement: Annotated[Placement, typer.Option(help="Where tables are read.")] = Placement.host,
+    cache: Annotated[str | None, typer.Option(help="With --placement file: RAM for hot rows, as 64MB.")] = None,
     draft: Annotated[Draft, typer.Option(help="mtp: let the model's prediction modules draft.")] = Draft.none,
 ) -> None:
     """Continue a prompt with a trained model."""
@@ -34,7 +41,7 @@ def generate(
     from byrote.cli.models import load
     from byrote.models.engram import EngramForCausalLM
 
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, placement, cache)
     drafting = draft == Draft.mtp
     if drafting and not (isinstance(model, EngramForCausalLM) and model.model.mtp):
         raise ValueError(

@@ -15,13 +15,18 @@ def model_folder(folder: Path) -> Path:
     raise ValueError(f"{folder} is neither a run folder nor a Hugging Face model folder (it has no config.json)")
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path, placement: str = "host", cache: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer)"""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import byrote  # noqa: F401  registers the model with the Auto classes
+    import byrote  # registers the model with the Auto classes
 
     logging.disable_progress_bar()
     found = model_folder(folder)
-    return AutoModelForCausalLM.from_pretrained(found).eval(), AutoTokenizer.from_pretrained(found)
+    places: dict[str, Any] = {}
+    if placement != "host" or cache is not None:
+        if not isinstance(AutoConfig.from_pretrained(found), byrote.EngramConfig):
+            raise ValueError(f"--placement and --cache are for tables, and {folder} is a model without any")
+        places = {"placement": placement, "cache": cache}
+    return AutoModelForCausalLM.from_pretrained(found, **places).eval(), AutoTokenizer.from_pretrained(found)

@@ -16,6 +16,7 @@ deterministic. `PlainPlaces` is the slow twin of the compiled `Places`.
 
 from __future__ import annotations
 
+import re
 import threading
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,16 @@ WAYS = 8
 SAMPLE = 10
 HASHES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 EMPTY = -1
+
+
+def num_bytes(budget: int | str) -> int:
+    """A byte budget: a number, or one with a unit, as "64MB" (10^6 bytes) or "1GiB" (2^30)."""
+    units = {"": 1, "B": 1} | {f"{name}B": 1000**i for i, name in enumerate("KMGT", 1)}
+    units |= {f"{name}iB": 1024**i for i, name in enumerate("KMGT", 1)}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w*)", str(budget))
+    if found is None or found[2] not in units:
+        raise ValueError(f"a cache of {budget!r}: give bytes, as a number or with a unit of {[*units][2:]}")
+    return int(float(found[1]) * units[found[2]])
 
 
 class Places:

@@ -32,6 +32,7 @@ from byrote.tables import gather
 from byrote.tables.checksums import discard
 from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
+from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 FORMAT_VERSION = 1
@@ -192,7 +193,10 @@ class RamTable:
         }
 
     def save(self, path: Path) -> None:
-        _save({"rows": self.rows}, path, self._header())
+        """As it is drawn, if it was not needed before: a table that is larger than RAM can be written."""
+        dtype = self._codec.dtype
+        shape = (self.num_rows, self._codec.record_bytes(self.width) // dtype.itemsize)
+        stream(path, {"rows": (dtype, shape, self.pieces)}, self._header())
 
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""

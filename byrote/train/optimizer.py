@@ -31,6 +31,7 @@ from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
+from byrote.tables.cache import CachedTable
 from byrote.tables.file import FileTable
 from byrote.tables.rules import update_rows
 from byrote.tables.sharded import ShardedTable
@@ -219,8 +220,9 @@ class Optimizer(torch.optim.Optimizer):
         moved = []
         for memory, rows, gradient in taken:
             total, bad = totals(memory.table, len(rows), _not_finite(gradient))
-            if total and isinstance(memory.table, FileTable):
-                memory.table.refuse()
+            table = memory.table.base if isinstance(memory.table, CachedTable) else memory.table
+            if total and isinstance(table, FileTable):
+                table.refuse()
             if bad:
                 raise RuntimeError(
                     f"{bad} of {total} row gradients are not finite; nothing was changed. "

@@ -79,6 +79,8 @@ def test_generate_from_a_run_and_from_a_model_folder(place):
     assert greedy.startswith("the memory")
     assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", "--no-stream") == greedy
     options = ("--max-tokens", "20", "--temperature", "2.0", "--seed")
+    cached = ("--placement", "file", "--cache", "64KB")
+    assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", *cached) == greedy
     first, again, other = (run("generate", checkpoint, "the", *options, seed) for seed in (1, 1, 2))
     assert first == again != other
 

@@ -309,3 +309,37 @@ def test_checksums_on_request(model, tmp_path):
     assert not list(tmp_path.glob("*.sums"))
     model.save_pretrained(tmp_path, checksums=True)
     assert len(list(tmp_path.glob("*.sums"))) == 2
+
+
+@pytest.mark.parametrize("codec", ["bf16", "bf16-stochastic", "fp8", "int8", "int4"])
+def test_a_codec_is_kept_with_the_config_and_trains(codec, ids, tmp_path):
+    model = make(memory_codec=codec)
+    before = [table.rows.clone() for table in tables(model)]
+    train(model)
+    assert all(not torch.equal(old, table.rows) for old, table in zip(before, tables(model), strict=True))
+    model.save_pretrained(tmp_path)
+    for placement in ("host", "file"):
+        loaded = EngramForCausalLM.from_pretrained(tmp_path, placement=placement)
+        assert loaded.config.memory_codec == codec
+        assert {memory.table.codec for _, memory in loaded.memory_stack.items()} == {codec}
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_an_unknown_codec_is_refused():
+    with pytest.raises(ValueError, match=r"memory_codec='fp7'.*'bf16-stochastic'"):
+        EngramConfig.from_preset("nano", memory_codec="fp7")
+
+
+def test_a_cache_changes_no_bit_and_is_for_files(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = EngramForCausalLM.from_pretrained(tmp_path, placement="file", cache="100KB")
+    for _ in range(3):
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+    stats = [memory.table.stats() for _, memory in loaded.memory_stack.items()]
+    assert all(0 < each["hits"] < 1 and each["cache_bytes"] <= 50_000 for each in stats)
+    with pytest.raises(ValueError, match=r"reading only.*placement='host'"):
+        train(loaded)
+    with pytest.raises(ValueError, match=r"cache='1MB'.*placement='file'"):
+        EngramForCausalLM.from_pretrained(tmp_path, cache="1MB")
+    with pytest.raises(ValueError, match="a cache of '12 apples'"):
+        EngramForCausalLM.from_pretrained(tmp_path, placement="file", cache="12 apples")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.tables import RamTable
-from byrote.tables.cache import CachedTable, Places, PlainPlaces
+from byrote.tables.cache import CachedTable, Places, PlainPlaces, num_bytes
 
 DIGEST = "d" * 64
 
@@ -104,3 +104,16 @@ def test_on_zipf_it_is_near_the_best_static_cache():
         places.admit(rows[found < 0])
     best = np.sort(np.bincount(np.concatenate([np.unique(b) for b in counted.reshape(-1, 200)])))[::-1][:1000].sum()
     assert hits / reads > 0.85 * best / reads
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [(4096, 4096), ("4096", 4096), ("64MB", 64_000_000), ("1.5 GiB", 3 << 29), ("7B", 7)]
+)
+def test_byte_budgets(text, number):
+    assert num_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3", "64 megs", "1e6", -5])
+def test_what_is_no_byte_budget(text):
+    with pytest.raises(ValueError, match="with a unit of"):
+        num_bytes(text)

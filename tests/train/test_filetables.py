@@ -13,6 +13,7 @@ import torch
 
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
+from byrote.tables import RamTable
 from byrote.train.checkpoint import checkpoints, latest
 from byrote.train.filetables import logged_tables
 from byrote.train.run import finish, make_trainer
@@ -50,6 +51,16 @@ def assert_equal(model, other) -> None:
     for (_, a), (_, b) in zip(model.memory_stack.items(), other.memory_stack.items(), strict=True):
         rows = torch.arange(a.table.num_rows)
         assert a.table.generation == b.table.generation and torch.equal(a.table.read(rows), b.table.read(rows))
+
+
+def test_it_starts_without_the_table_in_memory(train, monkeypatch):
+    """Rows are drawn into the file, some at a time: what RAM does not hold can begin to train."""
+
+    def drawn(self):
+        raise AssertionError("the whole table was drawn")
+
+    monkeypatch.setattr(RamTable, "rows", property(drawn))
+    assert train("file", placement="file").memory_stack.items()[0][1].table.generation > 0
 
 
 def assert_state_equal(model, other, folder: Path) -> None:

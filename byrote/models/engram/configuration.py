@@ -9,6 +9,8 @@ Names are those of transformers' DeepseekV3Config where the thing is the same. F
     memory_pad_token_id  raw id that stands before a document;  memory_seed: of the multipliers
     memory_kernel_size   taps of the short convolution (0: none); its dilation is the highest order
     memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
+    memory_codec         how rows are stored, in RAM and in files: "fp32", "bf16", "bf16-stochastic", "fp8", "int8" or
+                         "int4"; see byrote.tables.codecs
     memory_fusion        "streams": added to every stream, one key each; "single": a sublayer between connections,
                          read from and written to the streams as attention is (the paper's "w/o multi branch")
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent
@@ -33,6 +35,7 @@ from transformers import PreTrainedConfig
 from byrote.address import AddressSpec, deepseek_v41, engram
 from byrote.models.engram.presets import PRESETS
 from byrote.nn.rope import Yarn
+from byrote.tables.codecs import CODECS
 
 
 class EngramConfig(PreTrainedConfig):
@@ -79,6 +82,7 @@ class EngramConfig(PreTrainedConfig):
         memory_seed: int = 0,
         memory_gate: bool = True,
         memory_fusion: str = "streams",
+        memory_codec: str = "fp32",
         memory_kernel_size: int = 4,
         memory_zero_gate_rule: str = "sign",
         memory_bias: bool = False,
@@ -132,6 +136,7 @@ class EngramConfig(PreTrainedConfig):
         self.memory_seed = memory_seed
         self.memory_gate = memory_gate
         self.memory_fusion = memory_fusion
+        self.memory_codec = memory_codec
         self.memory_kernel_size = memory_kernel_size
         self.memory_zero_gate_rule = memory_zero_gate_rule
         self.memory_bias = memory_bias
@@ -267,6 +272,8 @@ class EngramConfig(PreTrainedConfig):
                 refuse(field, "must be at least 1")
         if self.memory_fusion not in ("streams", "single"):
             refuse("memory_fusion", "must be 'streams' or 'single'")
+        if self.memory_codec not in CODECS:
+            refuse("memory_codec", f"must be one of {sorted(CODECS)}")
         if self.memory_zero_gate_rule not in ("sign", "copysign"):
             refuse("memory_zero_gate_rule", "must be 'sign' or 'copysign'")
         if not 0 <= self.memory_pad_token_id < self.vocab_size:

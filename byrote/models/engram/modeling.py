@@ -68,6 +68,7 @@ class EngramModel(EngramPreTrainedModel):
                 digest=spec.digest,
                 std=config.memory_initializer_range,
                 seed=config.memory_seed + layer_id,
+                codec=config.memory_codec,
             )
 
         return MemoryStack(spec, vocabulary, make_table)

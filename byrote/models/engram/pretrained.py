@@ -24,6 +24,7 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import RamTable, Table
+from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
@@ -108,16 +109,24 @@ class EngramPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, name: str | os.PathLike[str], *args: Any, placement: str = "host", **kwargs: Any
+        cls,
+        name: str | os.PathLike[str],
+        *args: Any,
+        placement: str = "host",
+        cache: int | str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
         `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
         trained. Either follows a checkpoint of a file-table run to the run's log. "sharded" spreads the rows over the
-        ranks of the process group, which all call it.
+        ranks of the process group, which all call it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of
+        tables in files that are read most, shared among the tables.
         """
         if placement not in ("host", "file", "sharded"):
             raise ValueError(f"placement must be 'host' or 'file' or 'sharded', got {placement!r}")
+        if cache is not None and placement != "file":
+            raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
@@ -129,6 +138,10 @@ class EngramPreTrainedModel(PreTrainedModel):
             if key in kwargs
         }
         model._open_tables(lambda file: _resolve(name, file, hub), placement)
+        if cache is not None and model.memory_stack is not None:
+            memories = [memory for _, memory in model.memory_stack.items()]
+            for memory in memories:
+                memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
         return loaded
 
     def load_tables(self, folder: str | os.PathLike[str]) -> None:
