@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from byrote.memory import Memory
+from byrote.memory import Memory, MemoryStack
 from byrote.memory.exchange import exchange, totals
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
@@ -35,6 +35,7 @@ from byrote.tables.cache import CachedTable
 from byrote.tables.file import FileTable
 from byrote.tables.rules import update_rows
 from byrote.tables.sharded import ShardedTable
+from byrote.train.guards import Guards
 from byrote.train.muon import Muon
 
 
@@ -71,6 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         self.router_bias_rate = router_bias_rate
         self.rule = _row_rule(row_rule, betas, eps, row_max_norm)
         self.muon = muon
+        self.guards = Guards(next((module for module in model.modules() if isinstance(module, MemoryStack)), None))
         self.rows_touched = 0
         self.max_violation = 0.0
         anchors = {id(memory.anchor) for memory in self.memories}
@@ -109,6 +111,7 @@ class Optimizer(torch.optim.Optimizer):
             elif group["kind"] == "muon":
                 self._step_muon(group)
         self._step_rows(row_gradients)
+        self.guards.look({memory: rows for memory, rows, _, _ in row_gradients})
         if self.routers:
             # A frozen router stays as it is, bias and all: an adapter is saved without it.
             rates = [self.router_bias_rate if router.weight.requires_grad else 0.0 for router in self.routers]
