@@ -38,7 +38,7 @@ def gradients(seed, count):
     eps=st.sampled_from([1e-8, 1e-2]),
 )
 def test_each_row_is_an_adam_of_its_own(pattern, seed, betas, eps):
-    table = RamTable(ROWS, WIDTH, digest="", std=1.0)
+    table = RamTable(ROWS, WIDTH, digest="", std=0.1)  # so that float32 rounds far below the tolerance
     rule = LazyAdam(betas=betas, eps=eps)
     weights = [row.clone().requires_grad_() for row in table.rows]
     adams = [torch.optim.Adam([weight], betas=betas, eps=eps) for weight in weights]
