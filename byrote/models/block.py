@@ -10,7 +10,7 @@ ablation without multiple branches, which fuses one Engram into the hidden state
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -116,3 +116,11 @@ def exit_of(config: StreamConfig, hidden_size: int) -> GatedExit | MeanExit:
     if config.num_streams > 1 and config.stream_connection == "mhc":
         return GatedExit(hidden_size, config.num_streams, norm_eps=config.rms_norm_eps)
     return MeanExit()
+
+
+def record(block: Any, output: BlockOutput, balance: list[Tensor]) -> None:
+    """Hand the load of the experts to their router, outside of a block that may run twice; collect balance losses."""
+    if output.counts is not None:
+        block.experts.router.record(output.counts)
+    if output.balance_loss is not None:
+        balance.append(output.balance_loss)

@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from byrote.address.hashing import check_known
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
-from byrote.models.block import BlockOutput, exit_of
+from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
@@ -123,7 +123,7 @@ class EngramModel(EngramPreTrainedModel):
             hidden_states.append(streams)
             if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
-            _record(layer, output, balance)
+            record(layer, output, balance)
         result = BaseModelOutputWithPast(
             last_hidden_state=self.norm(self.exit(streams)),
             past_key_values=past_key_values if use_cache else None,
@@ -155,7 +155,7 @@ class EngramModel(EngramPreTrainedModel):
             hidden, output = module(shift(embeddings, k), streams, angles, mask, placed)
             output = BlockOutput(*output)
             streams = output.streams
-            _record(module.block, output, balance)
+            record(module.block, output, balance)
             predictions.append(Prediction(hidden, aimed))
         return predictions
 
@@ -246,13 +246,6 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
 def _prediction_module(config: EngramConfig, k: int) -> PredictionModule:
     block = EngramBlock(config, config.num_hidden_layers + k)
     return PredictionModule(config.hidden_size, block, exit_of(config, config.hidden_size), eps=config.rms_norm_eps)
-
-
-def _record(block: Any, output: BlockOutput, balance: list[Tensor]) -> None:
-    if output.counts is not None:
-        block.experts.router.record(output.counts)
-    if output.balance_loss is not None:
-        balance.append(output.balance_loss)
 
 
 def _same_document(sequence: Sequence, steps: int) -> Tensor:
