@@ -77,7 +77,7 @@ def test_packed_documents_with_a_cache(model, ids, seed):
 
 def test_rows_of_other_documents_and_padding(model, ids):
     """Documents that start at different steps in the rows of one batch, padding before, behind and all along."""
-    documents, row, positions = packed(ids)
+    _, row, positions = packed(ids)
     batch = torch.zeros(3, LENGTH + 6, dtype=torch.long)
     mask, places = torch.zeros_like(batch), torch.zeros_like(batch)
     for index, shift in enumerate((0, 4)):

@@ -64,7 +64,8 @@ def near(model):
     """A copy with small noise: some of its drafts are accepted, some are not."""
     other = type(model)(model.config).eval()
     other.load_state_dict(model.state_dict())
-    for (_, theirs), (_, ours) in zip(*(m.memory_stack.items() if m.memory_stack else () for m in (model, other))):
+    stacks = (m.memory_stack.items() if m.memory_stack else () for m in (model, other))
+    for (_, theirs), (_, ours) in zip(*stacks, strict=True):
         ours.table.rows.copy_(theirs.table.rows)
     with torch.no_grad():
         for parameter in other.parameters():
