@@ -77,7 +77,7 @@ class ConceptStage(nn.Module):
             self.config.boundary_convention,  # type: ignore[arg-type]
             None if state is None else (state.open_total, state.open_count),
         )
-        concepts = self.up(raw)
+        concepts = self.up(raw).to(raw.dtype)  # the residual stream of autocast is float32, of tokens and of concepts
         if self.beginning is not None:
             concepts = torch.where(formed.at(sequence.starts)[:, None], self.beginning.to(concepts.dtype), concepts)
         moved = p if self.config.boundary_mode == "e2e" else p.detach()
@@ -170,7 +170,12 @@ class ConceptStage(nn.Module):
             output = BlockOutput(*layer(streams, angles, mask, sequence, None, None, cache))
             streams = output.streams
             record(layer, output, balance)
-        return self.norm(self.exit(streams)), torch.stack(balance).mean(dim=0) if balance else None
+        if not balance:
+            return self.norm(self.exit(streams)), None
+        loss = torch.stack(balance).mean(dim=0)
+        if state is not None and rows is not None:  # the rows that form no concept have none
+            loss = loss.new_zeros(len(state.lengths)).index_put((rows,), loss)
+        return self.norm(self.exit(streams)), loss
 
 
 def _keep(
