@@ -147,8 +147,8 @@ class DLCMModel(DLCMPreTrainedModel):
         if self.concepts is not None:
             h = self.encoder_norm(self.encoder_exit(streams))
             if boundaries_only:
-                result.boundary_probabilities, result.boundaries = self.concepts.choose(h, sequence, state)[:2]
-                return result
+                p, chosen, _ = self.concepts.choose(h, sequence, state)
+                return DLCMModelOutput(boundary_probabilities=p, boundaries=chosen, alive=sequence.alive)
             found = self.concepts(h, sequence, state, boundaries)
             streams = run(self.decoder, h + found.addend, len(self.encoder))
         hidden_states.append(streams)
