@@ -110,7 +110,7 @@ class ConceptStage(nn.Module):
             self.config.boundary_convention,  # type: ignore[arg-type]
             None if state is None else (state.open_total, state.open_count),
         )
-        concepts = self.up(raw)
+        concepts = self.up(raw).to(raw.dtype)  # the residual stream of autocast is float32, of tokens and of concepts
         if self.beginning is None:
             return concepts
         return torch.where(formed.at(sequence.starts)[:, None], self.beginning.to(concepts.dtype), concepts)
@@ -147,7 +147,7 @@ class ConceptStage(nn.Module):
         return _kept(state, sequence, here.most), balance
 
     def _transform(self, concepts: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
-        """The blocks over padded concepts [R, M, d_c] of some rows. (z [R, M, d_c]; balance loss of these rows)"""
+        """The blocks over padded concepts [R, M, d_c] of some rows. (z [R, M, d_c]; balance loss of all rows [B])"""
         order = torch.arange(concepts.shape[1], device=concepts.device)
         alive = order < here.some.counts[:, None]
         at = order if here.state is None else here.state.lengths[here.rows][:, None] + order
@@ -165,7 +165,12 @@ class ConceptStage(nn.Module):
             output = BlockOutput(*layer(streams, angles, mask, sequence, None, None, cache))
             streams = output.streams
             record(layer, output, balance)
-        return self.norm(self.exit(streams)), torch.stack(balance).mean(dim=0) if balance else None
+        if not balance:
+            return self.norm(self.exit(streams)), None
+        loss = torch.stack(balance).mean(dim=0)
+        if here.state is not None:  # the rows that form no concept have none
+            loss = loss.new_zeros(len(here.state.lengths)).index_put((here.rows,), loss)
+        return self.norm(self.exit(streams)), loss
 
 
 @dataclass(frozen=True)
