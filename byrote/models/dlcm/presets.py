@@ -1,0 +1,36 @@
+"""Named shapes. Each lists only what differs from DLCMConfig's defaults, which are `dlcm-nano`."""
+
+from typing import Any
+
+# The paper's table 3. Head width, grouping in encoder and decoder, and untied embeddings follow from its counts.
+PAPER: dict[str, Any] = {
+    "vocab_size": 128815,
+    "hidden_size": 1536,
+    "num_attention_heads": 24,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dlcm-nano": {},
+    "dlcm-2.3b": {
+        **PAPER,
+        "num_encoder_layers": 10,
+        "num_concept_layers": 16,
+        "num_decoder_layers": 6,
+        "num_key_value_heads": 12,
+        "intermediate_size": 6144,
+        "concept_size": 3072,
+        "num_concept_heads": 48,
+        "num_concept_key_value_heads": 24,
+        "concept_intermediate_size": 6144,
+    },
+    "llama-1.3b": {
+        **PAPER,
+        "num_encoder_layers": 32,
+        "num_concept_layers": 0,
+        "num_decoder_layers": 0,
+        "num_key_value_heads": 24,
+        "intermediate_size": 4096,
+    },
+}
