@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byrote.cli.lab_mup import mup_check
 from byrote.cli.lab_scaling import dlcm_scaling
 
 lab = typer.Typer(no_args_is_help=True, help="Studies of several runs.")
@@ -16,7 +17,8 @@ def _lab() -> None:
     """Studies: several runs, one table."""
 
 
-lab.command()(dlcm_scaling)
+for _verb in (dlcm_scaling, mup_check):
+    lab.command()(_verb)
 
 
 @lab.command()
