@@ -64,9 +64,7 @@ class ConceptStage(nn.Module):
         self, h: Tensor, sequence: Sequence, state: ConceptState | None = None, forced: Tensor | None = None
     ) -> ConceptOutput:
         """`forced` bool [B, T]: boundaries to take instead of the model's own."""
-        tail = None if state is None else state.tails["query"]
-        p, query = self.boundary(h, sequence.starts, sequence.alive, tail)
-        boundaries = self._choose(p, sequence, forced)
+        p, boundaries, query = self.choose(h, sequence, state, forced)
         formed = Formed.of(boundaries)
         raw = pool(
             h,
@@ -93,12 +91,19 @@ class ConceptStage(nn.Module):
             addend = addend * (1 + chosen - chosen.detach()).to(addend.dtype)[..., None]
         return ConceptOutput(addend, p, boundaries, balance)
 
-    def _choose(self, p: Tensor, sequence: Sequence, forced: Tensor | None) -> Tensor:
+    def choose(
+        self, h: Tensor, sequence: Sequence, state: ConceptState | None = None, forced: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities and boundaries [B, T], and what the next token's probability needs of each, [B, T, s]."""
+        tail = None if state is None else state.tails["query"]
+        p, query = self.boundary(h, sequence.starts, sequence.alive, tail)
         if forced is not None:
-            return (forced | sequence.starts) & sequence.alive
-        if self.training and self.config.boundary_mode != "rule":
-            return sample(p, self.config.boundary_temperature)
-        return sequence.starts | (p >= self.config.boundary_threshold)
+            boundaries = (forced | sequence.starts) & sequence.alive
+        elif self.training and self.config.boundary_mode != "rule":
+            boundaries = sample(p, self.config.boundary_temperature)
+        else:
+            boundaries = sequence.starts | (p >= self.config.boundary_threshold)
+        return p, boundaries, query
 
     def _think(
         self, concepts: Tensor, formed: Formed, p: Tensor, sequence: Sequence, state: ConceptState | None

@@ -85,6 +85,7 @@ class DLCMModel(DLCMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         boundaries: Tensor | None = None,
+        boundaries_only: bool = False,
         **kwargs: Any,
     ) -> DLCMModelOutput:
         """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
@@ -92,6 +93,7 @@ class DLCMModel(DLCMPreTrainedModel):
 
         `boundaries` bool [B, T]: where concepts end, in place of the model's own choice. `inputs_embeds` [B, T, d] may
         replace the embedding, never the ids. `output_hidden_states`: before each token block and after the last.
+        `boundaries_only`: go no further than to choose them.
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         if boundaries is not None and (boundaries.shape != input_ids.shape or boundaries.dtype != torch.bool):
@@ -139,6 +141,9 @@ class DLCMModel(DLCMPreTrainedModel):
         result = DLCMModelOutput(past_key_values=past_key_values, alive=sequence.alive)
         if self.concepts is not None:
             h = self.encoder_norm(self.encoder_exit(streams))
+            if boundaries_only:
+                result.boundary_probabilities, result.boundaries = self.concepts.choose(h, sequence, state)[:2]
+                return result
             found = self.concepts(h, sequence, state, boundaries)
             result.boundary_probabilities, result.boundaries = found.probabilities, found.boundaries
             result.balance_loss = found.balance_loss
@@ -175,6 +180,16 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         self.model = DLCMModel(config, vocabulary)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @torch.no_grad()
+    def choose_boundaries(self, input_ids: Tensor, **places: Any) -> tuple[Tensor, Tensor]:
+        """(boundaries [B, T], as a forward over these tokens would choose or draw them; [2]: how many, of how many
+        tokens). What a step in several micro-batches needs first: the loss of each depends on the rate in all.
+        """
+        if self.model.concepts is None:
+            raise ValueError("num_concept_layers=0: a model without concepts chooses no boundaries")
+        found = self.model(input_ids, use_cache=False, boundaries_only=True, **places)
+        return found.boundaries, torch.stack([found.boundaries.sum(), found.alive.sum()]).to(torch.float64)
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return self.model.attach_memory_state(cache)
