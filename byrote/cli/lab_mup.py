@@ -26,11 +26,14 @@ def mup_check(
     """
     from rich.table import Table
 
+    from byrote.data.packing import Tokens
     from byrote.lab.coordinates import plot_coordinates
     from byrote.lab.mup_check import STAGES, Options, check
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; give at least 1")
+    if text is not None:
+        Tokens.open(text, "train")  # or an error, before the work
     console = Console()
     cases = [(varied, mup) for varied in ("token", "concept") for mup in (True, False)]
     names = [f"{varied}, {'muP' if mup else 'standard'}" for varied, mup in cases]

@@ -7,6 +7,7 @@ from byrote import DLCMConfig, DLCMForCausalLM, EngramConfig, EngramForCausalLM
 from byrote.train.muon import Muon
 from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
+from byrote.train.run import build_optimizer
 from tests.lab.two_widths import TwoWidths, make
 
 
@@ -131,3 +132,15 @@ def test_places_that_cannot_be(change, message):
     model.mup_groups = lambda: places
     with pytest.raises(ValueError, match=message):
         Optimizer(model, mup=MuP())
+
+
+def test_a_recipe_with_a_base_width_has_the_rates_too(make_recipe):
+    """Half of muP, the init and the logits without the rates, would be worse than none."""
+    for base in (None, 32):
+        recipe = make_recipe({"preset": "dlcm-nano", "mup_base_width": base} if base else {"preset": "dlcm-nano"})
+        model = DLCMForCausalLM(DLCMConfig.from_preset(recipe.model.preset, **recipe.model.overrides))
+        groups = build_optimizer(recipe, model).param_groups
+        rates = {group.get("mup"): group["lr"] / recipe.train.learning_rate for group in groups}
+        assert rates == pytest.approx(
+            {"embedding": 1, "token": 1 / 2, "concept": 1 / 4, "others": 1} if base else {None: 1}
+        )
