@@ -5,9 +5,9 @@
 llama    recipes/llama-tiny.toml      the baseline, of the FLOPs per token that DLCM has at R = 4 (within 1 %, asserted)
 dlcm     recipes/dlcm-tiny.toml       at R = 2, 4, 8: one shape, so that only R = 4 costs what the baseline does
 
-Losses per token, per second and per FLOP; the compression that came out, over training, against R; losses by the place in
-a concept. A run that is done is not run again (byrote/lab/runner.py). `OUT/report.json` has the numbers, `OUT/*.png` the
-pictures.
+Losses per token, per second and per FLOP; the compression that came out, over training, against R; losses by the place
+in a concept. A run that is done is not run again (byrote/lab/runner.py). `OUT/report.json` has the numbers, `OUT/*.png`
+the pictures.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 import byrote  # noqa: F401  registers the models
-from byrote.data.packing import Tokens, validation_batches
+from byrote.data.packing import Batch, Tokens, validation_batches
 from byrote.lab.concept_losses import by_index, token_losses
-from byrote.lab.plan import Variant, plan
+from byrote.lab.plan import Variant, cells, plan
 from byrote.lab.runner import run_lab
 from byrote.lab.statistics import Summary, paired, summarize
+from byrote.lab.table import Results
 from byrote.models.families import config_class, count
 from byrote.train.checkpoint import latest
 from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics
 from byrote.train.run import data_folder
+
+Folders = dict[tuple[str, int], Path]
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOLERANCE = 0.01  # of FLOPs per token
@@ -60,7 +63,8 @@ def main() -> None:
     )
     if failures:
         raise SystemExit(f"not all runs came to their end, and the same command goes on: {failures}")
-    report = [describe(variant, results, llama[0], args) for variant in [*llama, *dlcm]]
+    folders = {(cell.variant.name, cell.seed): cell.folder for cell in cells([*llama, *dlcm], args.seeds, args.out)}
+    report = [describe(variant, results, llama[0], folders, args.batches) for variant in [*llama, *dlcm]]
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
     plots(report, args.out)
@@ -77,7 +81,7 @@ def _config(recipe: Recipe) -> Any:
     return config_class(recipe.model.preset).from_preset(recipe.model.preset, **recipe.model.overrides)
 
 
-def describe(variant: Variant, results: dict, baseline: Variant, args: argparse.Namespace) -> dict[str, Any]:
+def describe(variant: Variant, results: Results, baseline: Variant, folders: Folders, batches: int) -> dict[str, Any]:
     runs = results[variant.name]
     losses = {seed: run["val_loss"] for seed, run in runs.items()}
     others = {seed: run["val_loss"] for seed, run in results[baseline.name].items()}
@@ -91,27 +95,23 @@ def describe(variant: Variant, results: dict, baseline: Variant, args: argparse.
         "flops_per_token": flops,
         "parameters": next(iter(runs.values()))["params_total"],
     }
-    folders = {seed: _folder(args.out, variant, seed) for seed in runs}
-    report["curves"] = {seed: read_metrics(folder / "metrics.jsonl") for seed, folder in folders.items()}
+    report["curves"] = {seed: read_metrics(folders[variant.name, seed] / "metrics.jsonl") for seed in runs}
     if variant is baseline:
         return report
     report["target"] = _config(variant.recipe).compression_ratio
     report["compression"] = {seed: _compression(curve) for seed, curve in report["curves"].items()}
     report["by_index"] = {}
-    for seed, folder in folders.items():
-        pair = [AutoModelForCausalLM.from_pretrained(latest(f)) for f in (folder, _folder(args.out, baseline, seed))]
-        report["by_index"][seed] = by_index(*(token_losses(model, _batches(variant, args)) for model in pair))
+    for seed in runs:
+        pair = [AutoModelForCausalLM.from_pretrained(latest(folders[v.name, seed])) for v in (variant, baseline)]
+        report["by_index"][seed] = by_index(*(token_losses(model, _spread(variant.recipe, batches)) for model in pair))
     return report
 
 
-def _batches(variant: Variant, args: argparse.Namespace) -> list:
-    data, recipe = Tokens.open(data_folder(variant.recipe), "validation"), variant.recipe
+def _spread(recipe: Recipe, count: int) -> list[Batch]:
+    """About so many batches of validation, from all over it."""
+    data = Tokens.open(data_folder(recipe), "validation")
     batches = list(validation_batches(data, recipe.train.batch_size, recipe.data.length))
-    return batches[:: max(1, len(batches) // args.batches)]
-
-
-def _folder(out: Path, variant: Variant, seed: int) -> Path:
-    return out / variant.name.replace(" ", "-") / f"seed-{seed}"
+    return batches[:: max(1, len(batches) // count)]
 
 
 def _compression(curve: list[dict]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Does a model predict better near the beginning of a concept? Losses of single tokens, by how old the newest concept is.
+"""Does a model predict better near the beginning of a concept? Losses of single tokens, by how old the newest one is.
 
-DLCM (2512.24617) section 7.2, figure 7, found a U: against its baseline better at the first tokens of a concept and at late
-ones, worse between. Index i of a token is the number of tokens since its newest concept formed; 0 is the boundary itself.
-The loss at a token is that of predicting the next one.
+DLCM (2512.24617) section 7.2, figure 7, found a U: against its baseline better at the first tokens of a concept and at
+late ones, worse between. Index i of a token is the number of tokens since its newest concept formed; 0 is the boundary
+itself. The loss at a token is that of predicting the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from byrote.data.packing import IGNORED, Batch
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Of every token at which something is predicted: nats [N]; and the index in its concept [N], of models with any."""
+    """Of every token at which something is predicted: nats [N]; of models with concepts also its index [N]."""
 
     nats: Tensor
     index: Tensor | None

@@ -178,7 +178,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, places: Places, weighting: W
 def _flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, places: Places, weighting: Weighting) -> Tensor:

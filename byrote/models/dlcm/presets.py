@@ -12,6 +12,7 @@ PAPER: dict[str, Any] = {
 }
 
 TINY: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+SMALL: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 768, "num_attention_heads": 12, "head_dim": 64}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dlcm-nano": {},
@@ -35,6 +36,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 0,
         "num_key_value_heads": 4,
         "intermediate_size": 336,
+    },
+    # Half the width of the paper's pair and matched as it matched them, by the matrices of the blocks.
+    "dlcm-small": {
+        **SMALL,
+        "num_encoder_layers": 3,
+        "num_concept_layers": 6,
+        "num_decoder_layers": 3,
+        "num_key_value_heads": 6,
+        "intermediate_size": 3072,
+        "concept_size": 1536,
+        "num_concept_heads": 24,
+        "num_concept_key_value_heads": 12,
+        "concept_intermediate_size": 3072,
+    },
+    "llama-small": {
+        **SMALL,
+        "num_encoder_layers": 12,
+        "num_concept_layers": 0,
+        "num_decoder_layers": 0,
+        "num_key_value_heads": 12,
+        "intermediate_size": 2048,
     },
     "dlcm-2.3b": {
         **PAPER,
