@@ -117,6 +117,7 @@ class _Problem:
         self.log_r0 = np.log(runs.r).mean()
         self.log_r = np.log(runs.r) - self.log_r0
         self.loss = runs.loss
+        self.fixed = fixed
         self.given = np.array([fixed.get(name, np.nan) for name in NAMES])
         self.given[OFFSETS] /= self.middle
         self.free = np.flatnonzero(np.isnan(self.given))
@@ -202,7 +203,7 @@ class _Problem:
         scales[1] *= np.exp(-values[GAMMA] * self.log_r0)
         values[SCALES] = scales
         values[OFFSETS] *= self.middle
-        return Law(**dict(zip(NAMES, values.tolist(), strict=True)))
+        return Law(**{**dict(zip(NAMES, values.tolist(), strict=True)), **self.fixed})
 
     def flat(self, at: np.ndarray) -> set[str]:
         """Coefficients at a bound, or with a part in a direction in which no residual moves."""

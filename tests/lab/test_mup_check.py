@@ -7,6 +7,7 @@ import pytest
 
 from byrote.data.prepare import Options as DataOptions
 from byrote.data.prepare import prepare
+from byrote.lab import mup_check
 from byrote.lab.mup_check import STAGES, Options, check
 from tests.cli.test_commands import WORDS, run
 
@@ -30,14 +31,17 @@ def test_what_cannot_be():
         Options(steps=0)
 
 
-def test_the_verb(tmp_path):
+def test_the_verb(tmp_path, monkeypatch):
+    """On two widths and three stages, to be quick."""
+    monkeypatch.setattr(mup_check, "FACTORS", (1, 4))
+    monkeypatch.setattr(mup_check, "STAGES", {stage: STAGES[stage] for stage in ("up", "concept experts", "logits")})
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 40)) for _ in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(DataOptions(f"files:{tmp_path / 'texts.jsonl'}", vocab_size=280), tmp_path / "data")
     out = ("--plot", tmp_path / "check.png", "--json", tmp_path / "check.json")
     said = run("lab", "mup-check", "--base", "32", "--text", tmp_path / "data", "--steps", "2", *out)
-    assert "encoder experts" in said and "the best rate moves by" in said
+    assert "concept experts" in said and "the best rate moves by" in said
     content = json.loads((tmp_path / "check.json").read_text())
     for varied in ("token", "concept"):
         with_, without = (content["spreads"][f"{varied}, {name}"] for name in ("muP", "standard"))
