@@ -142,6 +142,20 @@ def test_micro_batches_add_up(form):
         )
 
 
+def test_micro_batches_that_know_only_their_own_rate():
+    """As the stock Trainer gives them: of equal ones each counts its share, and not once more each."""
+    ids, boundaries, results = batch(1).expand(4, -1), drawn(1).expand(4, -1), []
+    for rows in (4, 1):
+        model, loss = make(boundary_weight=1.0).train(), 0.0
+        for part, own in zip(ids.split(rows), boundaries.split(rows), strict=True):
+            out = model(input_ids=part, labels=part, boundaries=own, num_items_in_batch=torch.tensor(4 * 15))
+            out.loss.backward()
+            loss += float(out.loss.detach())
+        results.append((loss, [p.grad for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-4)
+
+
 def test_choosing_boundaries_is_the_choice_of_a_forward(model, ids):
     chosen, counts = model.choose_boundaries(ids)
     assert torch.equal(chosen, model(input_ids=ids).boundaries) and counts[1] == ids.numel()
