@@ -157,9 +157,8 @@ class ManifoldConnection(_Connection):
     def connect(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[..., Tensor]]:
         if not (self.input_first and connectable(streams, self.eps)):
             return super().connect(streams)
-        settings = self.norm_eps, self.eps, self.iterations
-        weights = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
-        x, post, mix, streams = connect(streams, *weights, *settings)
+        weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
+        x, post, mix, streams = connect(streams, weight, bias, scale, self.norm_eps, self.eps, self.iterations)
         return x, streams, mix, post, write_back
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
