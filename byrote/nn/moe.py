@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.compiled import compilable, run
 from byrote.nn.router import Router, sequence_balance_loss
 
 
@@ -112,6 +113,19 @@ class Experts(nn.Module):
 
     def _each(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """`forward`, one pair after the other: decoding."""
+        tensors = x, gates, self.gate_up, self.down
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        fits = x.shape[-1] == self.gate_up.shape[-1] and all(compilable(tensor) for tensor in tensors)
+        if fits and not trained and not torch.is_autocast_enabled("cpu"):
+            from byrote.nn.decode_kernels import experts
+
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            weights = self.gate_up.contiguous(), self.down.contiguous()
+            run(experts, x.contiguous(), ids.contiguous(), gates.contiguous(), *weights, out)
+            return out
+        return self._each_plain(x, ids, gates)
+
+    def _each_plain(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         rows = []
         for token, (its_ids, its_gates) in enumerate(zip(ids.tolist(), gates, strict=True)):
             outs = []
