@@ -114,7 +114,7 @@ class Experts(nn.Module):
     def _each(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """`forward`, one pair after the other: decoding."""
         tensors = x, gates, self.gate_up, self.down
-        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        trained = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         fits = x.shape[-1] == self.gate_up.shape[-1] and all(compilable(tensor) for tensor in tensors)
         if fits and not trained and not torch.is_autocast_enabled("cpu"):
             from byrote.nn.decode_kernels import experts

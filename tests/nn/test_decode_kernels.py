@@ -12,7 +12,7 @@ from byrote.nn.norm import RMSNorm
 @pytest.mark.parametrize("shape", [(1, 1, 128), (2, 3, 24), (300, 7), (2, 0, 8)])
 def test_norm(shape):
     torch.manual_seed(0)
-    norm, x = RMSNorm(shape[-1], eps=1e-6), torch.randn(shape)
+    norm, x = RMSNorm(shape[-1], eps=1e-6).eval(), torch.randn(shape)
     torch.nn.init.normal_(norm.weight)
     with torch.no_grad():
         fast = norm(x)
@@ -25,13 +25,15 @@ def test_norm(shape):
     torch.testing.assert_close(fast, plain, atol=2e-6, rtol=0)
     torch.testing.assert_close(fast, F.rms_norm(x, shape[-1:], norm.weight, 1e-6), atol=2e-6, rtol=0)
     assert norm(x).requires_grad and torch.equal(norm(x), plain)  # with a gradient it is torch's
+    with torch.no_grad():
+        assert torch.equal(norm.train()(x), plain)  # and in training, where blocks are recomputed
     assert norm.double()(x.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_experts_of_few_tokens(tokens):
     torch.manual_seed(0)
-    experts = Experts(24, 16, 32)
+    experts = Experts(24, 16, 32).eval()
     x, gates = torch.randn(tokens, 24), torch.rand(tokens, 4)
     ids = torch.stack([torch.randperm(32)[:4] for _ in range(tokens)])
     assert experts._few(x, ids)
@@ -47,7 +49,7 @@ def test_experts_of_few_tokens(tokens):
 
 
 def test_experts_keep_what_is_not_finite():
-    experts = Experts(8, 8, 16)
+    experts = Experts(8, 8, 16).eval()
     x, ids = torch.randn(2, 8), torch.tensor([[1, 2], [1, 3]])
     x[1, 5] = float("nan")
     with torch.no_grad():
