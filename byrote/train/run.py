@@ -28,6 +28,7 @@ from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
+from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.trainer import Result, Trainer
@@ -58,6 +59,7 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
+        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 
@@ -109,6 +111,7 @@ def make_trainer(
     else:
         torch.manual_seed(settings.seed)
         model = model_class(config)(config, compress(tokenizer))
+        torch.manual_seed(settings.seed + rank())  # each process draws boundaries of its own
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()
