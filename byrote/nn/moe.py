@@ -96,7 +96,7 @@ class Experts(nn.Module):
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
         if torch.is_autocast_enabled(x.device.type):  # which does not know grouped_mm
-            # On a CPU the many small products of a group are slower in bfloat16 than in float32.
+            # On a CPU the experts stay as they are: many small products are slower in bfloat16 than in float32.
             dtype = gate_up.dtype if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         rows = _Spread.apply(x, order, place)
