@@ -5,7 +5,7 @@
 
 Shapes: X [N, 4, d], weight [24, 4 d], bias [24], scale [3]; x and y [N, d], post [N, 4], H [N, 4, 4] (new, old).
 
-By themselves project, read, write and Sinkhorn make some forty small nodes and three running sums of the gradient of X.
+By themselves project, read, write and Sinkhorn make many small nodes and three running sums of the gradient of X.
 Here all coefficients of 16 tokens are found, and differentiated, while these tokens are in a cache, and
 
     dX = H^T dX' + pre dx + (what comes through z)
