@@ -22,6 +22,7 @@ from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.train import filetables
+from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import align, checkpoints, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
@@ -76,6 +77,7 @@ def prepare_data(recipe: Recipe, report: Callable[[str, int, int], None]) -> tup
 
 def train(recipe: Recipe, run: Path, console: Console, resume: bool = False) -> tuple[Trainer, Result]:
     """Do the whole of it, with live progress on rank 0's console."""
+    keep_freed_memory()
     console = console if rank() == 0 else Console(quiet=True)
     _check_processes(recipe)
     with DataLive(console, recipe.data.corpus) as live:
