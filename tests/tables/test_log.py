@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import log as log_module
+from byrote.tables import disk, manifests
 from byrote.tables.log import RowLog
 from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run
 
@@ -70,10 +70,10 @@ def test_it_is_a_dictionary_and_its_generations_stay_readable(tmp_path_factory, 
 def test_disk_follows_the_rows_and_not_the_steps(tmp_path):
     log, sizes, most = create(tmp_path), [], 0
     for step in range(300):
-        before = sum(log._written.values())
+        before = sum(log._live.written.values())
         log.write(*change(step))
         log.commit(step + 1)
-        most = max(most, sum(log._written.values()) - before)
+        most = max(most, sum(log._live.written.values()) - before)
         log.collect({step, step + 1})
         sizes.append(log.disk_bytes())
     assert len(log) == ROWS
@@ -85,7 +85,7 @@ def test_disk_follows_the_rows_and_not_the_steps(tmp_path):
 
 def test_memory_is_bounded_and_a_commit_writes_what_is_dirty(tmp_path):
     log = RowLog.create(tmp_path, num_rows=10**6, record_bytes=100, digest="d", budget=100_000)
-    assert log._buffer.nbytes < 100_000
+    assert log._dirty.records.nbytes < 100_000
     ids = np.arange(50_000)
     log.write(ids, np.ones((50_000, 100), np.uint8))  # far more than the buffer holds
     log.commit(1)
@@ -167,7 +167,7 @@ def test_a_crash_at_every_operation(tmp_path, monkeypatch, torn):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
         with monkeypatch.context() as patch:
-            patch.setattr(log_module, "os", crashing(after, torn))
+            patch.setattr(disk, "os", crashing(after, torn))
             committed, log = 30, None
             try:
                 log = RowLog.open(folder, **SMALL)
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_last_commit(tmp_path, monkeypatch):
     log = create(tmp_path)
     run(log, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(log_module, "os", crashing(1, True, OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(disk, "os", crashing(1, True, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
             run(log, 9)
     with pytest.raises(ValueError, match="open it again"):
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_last_commit(tmp_path, monkeypatch):
 def test_torn_and_garbage_tails_do_not_count_and_torn_commits_are_found(tmp_path):
     log = create(tmp_path / "log")
     run(log, 3)
-    segment, length = log._manifest(3)[-1]
+    segment, length = manifests.read(tmp_path / "log", 3)[-1]
     log.write(*change(3))
     log._flush()  # written behind, not committed
     log.close()
