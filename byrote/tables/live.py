@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from byrote.tables.rowmap import RowMap
-from byrote.tables.segments import segment_of
+from byrote.tables.segment_reads import segment_of
 
 
 class LiveRecords:

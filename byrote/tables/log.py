@@ -28,7 +28,8 @@ import numpy as np
 from byrote.tables import disk, manifests
 from byrote.tables.dirty import DirtyRows
 from byrote.tables.live import LiveRecords
-from byrote.tables.segments import Damaged, Segments
+from byrote.tables.segment_reads import Damaged
+from byrote.tables.segments import Segments
 
 FORMAT_VERSION = 1
 
@@ -124,9 +125,8 @@ class RowLog:
         places = self._live.places(ids[cold])
         cold, places = cold[places >= 0], places[places >= 0]
         found[cold] = True
-        order = np.argsort(places, kind="stable")
         with self._saying_what_is_lost():
-            self._segments.read(places[order], cold[order], records)
+            records[cold] = self._segments.reads.read(places, size)
         return found, records
 
     def write(self, ids: np.ndarray, records: np.ndarray) -> None:
@@ -246,6 +246,6 @@ class RowLog:
     def _write_manifest(self, generation: int) -> None:
         with self._failing():
             self._segments.sync()
-            lengths = self._segments.lengths
+            lengths = self._segments.reads.lengths
             manifests.write(self.folder, generation, [(segment, lengths[segment]) for segment in self._live.segments()])
         self.generation, self._fresh = generation, 0

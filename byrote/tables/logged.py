@@ -88,10 +88,12 @@ class LoggedTable:
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
         flat = rows.reshape(-1).cpu()
-        values = self.base.read(flat)
         found, records = self.log.read(flat.numpy(), 1 + self._value_bytes)
-        where = torch.from_numpy(np.flatnonzero(found))
-        values[where] = self._decode(records[found][:, 1:])
+        logged, rest = (torch.from_numpy(np.flatnonzero(which)) for which in (found, ~found))
+        values = torch.empty(len(flat), self.width)
+        values[logged] = self._decode(records[found][:, 1:])
+        if len(rest):
+            values[rest] = self.base.read(flat[rest])
         return values.view(*rows.shape, self.width).to(rows.device)
 
     @torch.no_grad()
