@@ -21,11 +21,13 @@ from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
+from byrote.tables.logged import LoggedTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
 from byrote.tables.table import Table
 
 UNSET = -1
+POINTER = ".json"  # instead of a table's .safetensors
 
 
 class Memory(nn.Module):
@@ -101,6 +103,7 @@ class MemoryStack(nn.Module):
         self.memories = nn.ModuleDict(
             {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
         )
+        self.holds_pointers: Callable[[Path], bool] = nowhere
         self._checked: tuple[int, int] | None = None
 
     def items(self) -> list[tuple[int, Memory]]:
@@ -144,9 +147,15 @@ class MemoryStack(nn.Module):
         return folder / f"table-{layer_id}.safetensors"
 
     def save_tables(self, folder: Path) -> None:
-        """Write every table into `folder`."""
+        """Write every table into `folder`; of one whose changed rows are in a log, and where `holds_pointers(folder)`,
+        a pointer to them.
+        """
         for layer_id, memory in self.items():
-            memory.table.save(self.table_path(folder, layer_id))
+            path = self.table_path(folder, layer_id)
+            if isinstance(memory.table, LoggedTable) and self.holds_pointers(folder):
+                memory.table.checkpoint(path.with_suffix(POINTER))
+            else:
+                memory.table.save(path)
 
     def save_row_state(self, folder: Path) -> None:
         """Write the rule state of every table into `folder`."""
@@ -170,3 +179,7 @@ class MemoryStack(nn.Module):
                 "weights, or build the model with the map of its tokenizer (vocabulary=...)"
             )
         self._checked = stamp
+
+
+def nowhere(folder: Path) -> bool:
+    return False

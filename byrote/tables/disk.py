@@ -1,9 +1,12 @@
-"""Changes of small files that survive a crash: all that a log does to the disk goes through here.
+"""Changes of files that survive a crash: all that a log does to the disk goes through here.
 
-replace_json(path, content)    there whole or not at all; when it returns, it stays
-write_all(file, data, at)      not durable before `sync_file`
-sync_folder(folder)            names in it, new or deleted, stay
-lock(path)                     flocked by one process until it closes the descriptor or dies
+    replace_json(path, content)    there whole or not at all; when it returns, it stays
+    write_all(file, data, at)      bytes of an open file
+    sync_file(file)                the bytes stay
+    sync_folder(folder)            names in it, new or deleted, stay
+    lock(path)                     flocked by who holds the open file that it returns, until that is closed or gone
+
+What is not synced may be lost, in part and in any order, by a crash of the machine; not by one of the process.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:
@@ -67,12 +70,15 @@ def truncate(path: Path, length: int) -> None:
     os.truncate(path, length)
 
 
-def lock(path: Path) -> int:
-    """The descriptor to close. ValueError where another process holds it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def lock(path: Path) -> IO[bytes]:
+    """ValueError where another holds it."""
+    file = open(path, "ab")  # noqa: SIM115  open as long as it is locked
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(file)
-        raise ValueError(f"{path.parent} is open for writing in another process; a log has one writer") from None
+        file.close()
+        raise ValueError(
+            f"{path.parent} is open for writing in another process, or by another model of this one; "
+            "a log has one writer: end that, or delete that model"
+        ) from None
     return file

@@ -18,10 +18,9 @@ than half is alive is copied on, but no more than as many records as were writte
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class RowLog:
         self._live = LiveRecords()
         self._dirty = DirtyRows(self.record_bytes, budget)
         self._fresh = 0  # records since the last commit
-        self._lock: int | None = None
+        self._lock: IO[bytes] | None = None
         self._failed = False
 
     @classmethod
@@ -169,13 +168,18 @@ class RowLog:
         for segment in self._segments.keep(needed):
             self._live.forget(segment)
 
+    @property
+    def next_generation(self) -> int:
+        """What the present state can be committed as: the present one if nothing was written since."""
+        return self.generations()[-1] + 1 if len(self._dirty) or self._fresh else self.generation
+
     def disk_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
     def unlock(self) -> None:
         """Give the right to write back; what is committed stays readable here."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock, self._segments.current = None, 0
         self._failed = self._failed or bool(len(self._dirty) or self._fresh)
 
@@ -183,7 +187,7 @@ class RowLog:
         """Give files and lock back. What was not committed is lost."""
         self._segments.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock, self._failed = None, True
 
     def _check_writable(self) -> None:

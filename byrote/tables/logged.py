@@ -4,7 +4,9 @@
 
 A record is  flag u8 (1: rule state was written) | values as the base's codec stores them | state fields float32.
 It equals a RamTable to the last bit. `checkpoint(path)` makes the present generation durable in the log and writes a
-pointer, a JSON of a line: {format_version, log: relative path, generation}. `save` writes a whole merged table.
+pointer, a JSON of a line: {format_version, log: relative path, generation, committed}. `committed` is the log's number
+of it: not the table's, since a run that was resumed from an earlier checkpoint reaches a generation twice.
+`save` writes a whole merged table.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byrote.tables import disk
 from byrote.tables.codecs import CODECS, Codec
 from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
@@ -35,13 +38,21 @@ def open_base(path: Path) -> Any:
     return FileTable.open(path)
 
 
+def read_pointer(path: Path) -> dict[str, Any]:
+    """What `checkpoint` wrote."""
+    pointer = disk.read_json(path, FORMAT_VERSION, "no such pointer")
+    if missing := {"log", "generation", "committed"} - pointer.keys():
+        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}; take another checkpoint")
+    return pointer
+
+
 class LoggedTable:
     """`base`: any table, only read. `fields`: the state of the one rule that trains it."""
 
-    def __init__(self, base: Any, log: RowLog, fields: StateFields) -> None:
+    def __init__(self, base: Any, log: RowLog, fields: StateFields, generation: int) -> None:
         self.base, self.log, self.fields = base, log, {name: tuple(shape) for name, shape in fields.items()}
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
-        self.generation = log.generation
+        self.generation = generation
 
     @classmethod
     def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
@@ -51,15 +62,12 @@ class LoggedTable:
             folder, num_rows=base.num_rows, record_bytes=_record_bytes(base, fields), digest=base.digest,
             base=json.dumps(about), generation=base.generation, **settings,
         )  # fmt: skip
-        return cls(base, log, fields)
+        return cls(base, log, fields, base.generation)
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str, lock: bool = False) -> LoggedTable:
         """What a pointer names; without `lock`, for reading."""
-        try:
-            pointer = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        pointer = read_pointer(path)
         # Without the checkpoint's own name in it: the folder that the path leads through is removed one day.
         folder = Path(os.path.abspath(path.parent / pointer["log"]))
         if not (folder / "log.json").is_file():
@@ -75,8 +83,8 @@ class LoggedTable:
                 f"[{num_rows}, {width}] with digest {digest}"
             )
         size = _record_bytes(base, about["fields"])
-        log = RowLog.open(folder, pointer["generation"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
-        return cls(base, log, about["fields"])
+        log = RowLog.open(folder, pointer["committed"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
+        return cls(base, log, about["fields"], pointer["generation"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoggedTable:
         return self
@@ -127,10 +135,13 @@ class LoggedTable:
         self.generation += 1
         return self.generation
 
-    def checkpoint(self, path: Path, log: str) -> None:
-        """Make this generation durable, and write the pointer to it; `log`: the log's folder as seen from there."""
-        self.log.commit(self.generation)
-        path.write_text(json.dumps({"format_version": FORMAT_VERSION, "log": log, "generation": self.generation}))
+    def checkpoint(self, path: Path) -> None:
+        """Make this generation durable, and write the pointer to it."""
+        committed = self.log.next_generation
+        self.log.commit(committed)
+        log = os.path.relpath(self.log.folder, path.parent)
+        content = {"log": log, "generation": self.generation, "committed": committed}
+        disk.replace_json(path, {"format_version": FORMAT_VERSION, **content})
 
     def stats(self) -> dict[str, Any]:
         return {
