@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
-from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
@@ -93,11 +92,8 @@ class MemoryStack(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        if vocabulary is not None and vocabulary_digest(vocabulary) != spec.vocabulary_digest:
-            raise ValueError(
-                f"the vocabulary map has digest {vocabulary_digest(vocabulary)}, the address spec was made for "
-                f"{spec.vocabulary_digest}: pass the map of the tokenizer that the config was made with"
-            )
+        if vocabulary is not None:
+            spec.check_vocabulary(vocabulary)
         ids = torch.full((spec.vocab_size,), UNSET) if vocabulary is None else torch.from_numpy(vocabulary.copy())
         self.register_buffer("vocabulary", ids)
         self.memories = nn.ModuleDict(
@@ -171,13 +167,14 @@ class MemoryStack(nn.Module):
         stamp = (id(self.vocabulary), self.vocabulary._version)
         if stamp == self._checked:
             return
-        digest = vocabulary_digest(self.vocabulary.cpu().numpy())
-        if digest != self.spec.vocabulary_digest:
-            what = "is not set" if bool((self.vocabulary == UNSET).any()) else f"has digest {digest}"
+        try:
+            self.spec.check_vocabulary(self.vocabulary.cpu().numpy())
+        except ValueError as error:
+            unset = bool((self.vocabulary == UNSET).any())
             raise RuntimeError(
-                f"the vocabulary map {what}, the address spec was made for {self.spec.vocabulary_digest}: load the "
-                "weights, or build the model with the map of its tokenizer (vocabulary=...)"
-            )
+                f"{'the vocabulary map is not set' if unset else error}. Load the weights, or build the model with the "
+                "map of its tokenizer (vocabulary=...)"
+            ) from None
         self._checked = stamp
 
 
