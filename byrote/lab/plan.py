@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from byrote.lab.controls import CONTROLS
-from byrote.models.families import config_class
+from byrote.models.families import PRESETS
 from byrote.train.config import Recipe
 
 SEEDED = ("train.seed", "model.memory_seed")
@@ -60,9 +60,7 @@ class Cell:
         content = self.variant.recipe.to_dict()
         model, train = content["model"], content["train"]
         train |= {"seed": self.seed, "threads": train["threads"] or 1}
-        overrides = {key: value for key, value in model.items() if key != "preset"}
-        config = config_class(model["preset"]).from_preset(model["preset"], **overrides)
-        if config.memory_contract != "deepseek_v41":  # which has no seed
+        if (PRESETS.get(model["preset"], {}) | model).get("memory_contract") != "deepseek_v41":  # which has no seed
             model["memory_seed"] = self.seed
         return Recipe.from_dict(content)
 

@@ -56,8 +56,8 @@ class ConceptState(MemoryState):
         self.concept_record: ConceptRecord | None = None
 
     def begin_concepts(self, rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make empty buffers, unless there are some."""
-        if len(self.lengths):
+        """Make empty buffers, unless some tokens are there already: what was refused leaves the batch size open."""
+        if self.is_initialized:
             return
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.open_total = torch.zeros(rows, hidden_size, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -131,7 +131,7 @@ class ConceptState(MemoryState):
         self._begin_record()
         if self.concept_record is not None:
             self.write("smoothed", rows, slots, smoothed, most)
-        self.last = self.last.index_put((rows[ends],), smoothed[ends])
+        self.last = self.last.index_put((rows[ends],), smoothed[ends].to(self.last.dtype))
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -15,14 +15,14 @@ from byrote.models.engram.presets import PRESETS as ENGRAM_PRESETS
 Config = EngramConfig | DLCMConfig
 CausalLM = EngramForCausalLM | DLCMForCausalLM
 
+PRESETS = {**ENGRAM_PRESETS, **DLCM_PRESETS}
+
 
 def config_class(preset: str) -> type[EngramConfig] | type[DLCMConfig]:
     """The config class that has this preset."""
-    if preset in ENGRAM_PRESETS:
-        return EngramConfig
-    if preset in DLCM_PRESETS:
-        return DLCMConfig
-    raise ValueError(f"model.preset must be one of {sorted([*ENGRAM_PRESETS, *DLCM_PRESETS])}, got {preset!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"model.preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    return EngramConfig if preset in ENGRAM_PRESETS else DLCMConfig
 
 
 def model_class(config: Config) -> Any:

@@ -119,7 +119,8 @@ def smooth(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None = None) -> 
     weights = ((fades[:, :, None] - fades[:, None, :]).masked_fill(~reaches, float("-inf")).exp() * p[:, None, :]).to(
         dtype
     )
-    y = torch.matmul(weights, z)
+    with torch.autocast(z.device.type, enabled=False):  # one by one would be in the dtype of z too
+        y = torch.matmul(weights, z)
     if last is None:
         return y
     decay = (fades.exp() * (document == 0)).to(dtype)

@@ -14,7 +14,8 @@ A token sees the concepts of its document that formed at its own position or bef
 
 Four kernels that give the same: `dense`, by plain products; `sdpa`, torch's attention with a mask over [T, M]; `flex`,
 FlexAttention (compiled; on a CPU without a backward); `varlen`, flash attention on CUDA over replicated keys, packed
-documents and all, for tokens without a past. Where a kernel cannot run, it says so.
+documents and all. Tokens with a past have more keys than that, so that `varlen` leaves them to `sdpa`, as all leave a
+few to `dense`. Where a kernel cannot run, it says so.
 
 Shapes: h [B, T, d_t]; key, value [B, H_kv, M, n]; -> [B, T, d_t].
 """
@@ -77,6 +78,12 @@ class Places:
         hidden = ~visible & visible.any(dim=-1, keepdim=True)  # who sees nothing, padding, must stay finite
         return weight.masked_fill(hidden, float("-inf")).unsqueeze(1)
 
+    def goes_on(self, first: Tensor) -> bool:
+        """Does any of the tokens `first`, bool [B, T], see a concept that formed before it?"""
+        rows, steps = first.nonzero(as_tuple=True)
+        older = self.concept_position[rows] < self.token_position[rows, steps][:, None]
+        return bool((older & (self.concept_document[rows] == self.token_document[rows, steps][:, None])).any())
+
     def newest(self) -> Tensor:
         """int64 [B, T]: the newest concept that each token sees, 0 where none."""
         order = torch.arange(self.concept_document.shape[1], device=self.concept_document.device)
@@ -123,7 +130,7 @@ class ConceptAttention(nn.Module):
         query = _normalize(self.q_norm, split_heads(self.q_proj(self.token_norm(h)), self.head_dim))
         key, value = key.to(query.dtype), value.to(query.dtype)
         kernel = KERNEL_FUNCTIONS[self.kernel]
-        if h.shape[1] <= FEW and self.kernel in ("sdpa", "flex"):  # decoding
+        if h.shape[1] <= FEW:  # decoding
             kernel = dense
         out = kernel(query, key, value, places, self.weighting)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -190,12 +197,14 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, places: Places, weighting:
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, tokens, dim = query.shape
+    cut = torch.ones_like(places.token_document, dtype=torch.bool)
+    cut[:, 1:] = places.token_document[:, 1:] != places.token_document[:, :-1]
+    if places.goes_on(cut):
+        return sdpa(query, key, value, places, weighting)
     newest = places.newest()[:, None, :, None].expand(-1, key.shape[1], -1, dim)
     # (rows x tokens, heads, n), cut where a document or a row begins.
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (query, key.gather(2, newest), value.gather(2, newest))]
     packed[1:] = [x.repeat_interleave(heads // key.shape[1], dim=1) for x in packed[1:]]
-    cut = torch.ones_like(places.token_document, dtype=torch.bool)
-    cut[:, 1:] = places.token_document[:, 1:] != places.token_document[:, :-1]
     ends = torch.cat([cut.flatten().nonzero().squeeze(1), cut.new_tensor([cut.numel()], dtype=torch.int64)]).int()
     longest = int(ends.diff().max())
     renamed = "window_size" in inspect.signature(varlen_attn).parameters  # of is_causal, which older torch has

@@ -81,7 +81,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The same for few queries: the heads of a group are more queries of their one key head. A float mask is added.
 
-    A query that may look nowhere gets 0, as torch's kernels give it.
+    A query that a bool mask lets look nowhere gets 0, as torch's kernels give it; a float mask must leave it something.
     """
     batch, heads, tokens, dim = query.shape
     groups = key.shape[1]

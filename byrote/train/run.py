@@ -27,6 +27,7 @@ from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
+from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.trainer import Result, Trainer
@@ -57,6 +58,7 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
+        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 

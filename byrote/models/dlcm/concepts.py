@@ -11,6 +11,8 @@ it goes on behind the concepts kept there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,6 @@ from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.nn.boundary import BoundaryHead, sample
 from byrote.nn.concept import Formed, pool, smooth
 from byrote.nn.concept_attention import ConceptAttention, Places
-from byrote.nn.mla import Cache
 from byrote.nn.rope import rotary
 
 
@@ -65,21 +66,12 @@ class ConceptStage(nn.Module):
     ) -> ConceptOutput:
         """`forced` bool [B, T]: boundaries to take instead of the model's own."""
         p, boundaries, query = self.choose(h, sequence, state, forced)
-        formed = Formed.of(boundaries)
-        raw = pool(
-            h,
-            formed,
-            boundaries,
-            sequence.alive,
-            sequence.starts,
-            self.config.boundary_convention,  # type: ignore[arg-type]
-            None if state is None else (state.open_total, state.open_count),
-        )
-        concepts = self.up(raw)
-        if self.beginning is not None:
-            concepts = torch.where(formed.at(sequence.starts)[:, None], self.beginning.to(concepts.dtype), concepts)
-        moved = p if self.config.boundary_mode == "e2e" else p.detach()
-        keys, balance = self._think(concepts, formed, moved, sequence, state)
+        balance = None
+        if state is None or bool(boundaries.any()):
+            moved = p if self.config.boundary_mode == "e2e" else p.detach()
+            keys, balance = self._think(h, Formed.of(boundaries), boundaries, moved, sequence, state)
+        else:  # most steps of decoding: there is nothing new to think about
+            keys = _kept(state, sequence)
         if state is not None:
             state.advance("query", query, sequence)
             state.close(h, boundaries, sequence, opens=self.config.boundary_convention == "open")
@@ -105,63 +97,63 @@ class ConceptStage(nn.Module):
             boundaries = sequence.starts | (p >= self.config.boundary_threshold)
         return p, boundaries, query
 
-    def _think(
-        self, concepts: Tensor, formed: Formed, p: Tensor, sequence: Sequence, state: ConceptState | None
-    ) -> tuple[tuple[Tensor, Tensor, Places] | None, Tensor | None]:
-        """Run new concepts [N, d_c] through the transformer. (keys, values and places of all that tokens may read,
-        None if there is nothing; balance loss)
-        """
-        document, position = formed.at(sequence.document), formed.at(sequence.position_ids)
-        some, rows, key, value, balance = formed, None, None, None, None
-        most = int(formed.counts.max()) if state is None else int((state.lengths + formed.counts).max())
-        if state is not None:  # only the rows that form a concept
-            rows = formed.counts.nonzero().squeeze(1)
-            some = formed.among(rows)
-        if len(formed.row):
-            slots = formed.rank if state is None else state.lengths[formed.row] + formed.rank
-            if state is not None:
-                state.write("document", formed.row, slots, document, most)
-                state.write("position", formed.row, slots, position, most)
-            z, balance = self._transform(some.pad(concepts), some, some.pad(document, NOWHERE), rows, slots, state)
-            if self.config.concept_smoothing == "ema":
-                last = None if state is None or state.last is None or rows is None else state.last[rows]
-                z = smooth(z, some.pad(formed.at(p)), some.pad(formed.at(sequence.starts)), last)
-                if state is not None:
-                    ends = formed.rank == formed.counts[formed.row] - 1
-                    state.keep_last(formed.row, slots, z[some.row, some.rank], ends, most)
-            key, value = self.read.keys(z)
-            if state is not None:
-                keep = _keep(state, "read", some, formed.row, None, slots, most)
-                key, value = keep(key, value)
-        elif state is not None and most:
-            key, value = state.read("read_key"), state.read("read_value")
-        if key is None or value is None:
-            return None, balance
-        if state is None:
-            kept = some.pad(document, NOWHERE), some.pad(position)
-        else:
-            kept = state.read("document", None, most), state.read("position", None, most)
-        return (key, value, Places(sequence.document, sequence.position_ids, *kept)), balance
+    def _form(
+        self, h: Tensor, formed: Formed, boundaries: Tensor, sequence: Sequence, state: ConceptState | None
+    ) -> Tensor:
+        """New concepts, [N, d_c], as the transformer gets them."""
+        raw = pool(
+            h,
+            formed,
+            boundaries,
+            sequence.alive,
+            sequence.starts,
+            self.config.boundary_convention,  # type: ignore[arg-type]
+            None if state is None else (state.open_total, state.open_count),
+        )
+        concepts = self.up(raw).to(raw.dtype)  # the residual stream of autocast is float32, of tokens and of concepts
+        if self.beginning is None:
+            return concepts
+        return torch.where(formed.at(sequence.starts)[:, None], self.beginning.to(concepts.dtype), concepts)
 
-    def _transform(
+    def _think(
         self,
-        concepts: Tensor,
-        some: Formed,
-        document: Tensor,
-        rows: Tensor | None,
-        slots: Tensor,
+        h: Tensor,
+        formed: Formed,
+        boundaries: Tensor,
+        p: Tensor,
+        sequence: Sequence,
         state: ConceptState | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[tuple[Tensor, Tensor, Places] | None, Tensor | None]:
+        """Run new concepts through the transformer. (keys, values and places of all that tokens may read, None if there
+        is nothing; balance loss)
+        """
+        if not len(formed.row):  # padding alone
+            return None, None
+        concepts = self._form(h, formed, boundaries, sequence, state)
+        document, position = formed.at(sequence.document), formed.at(sequence.position_ids)
+        here = Here.of(formed, document, position, state)
+        z, balance = self._transform(here.some.pad(concepts), here)
+        if self.config.concept_smoothing == "ema":
+            last = None if state is None or state.last is None else state.last[here.rows]
+            z = smooth(z, here.some.pad(formed.at(p)), here.some.pad(formed.at(sequence.starts)), last)
+            if state is not None:
+                ends = formed.rank == formed.counts[formed.row] - 1
+                state.keep_last(formed.row, here.slots, z[here.some.row, here.some.rank], ends, here.most)
+        key, value = self.read.keys(z)
+        if state is None:
+            places = Places(sequence.document, sequence.position_ids, here.documents, here.some.pad(position))
+            return (key, value, places), balance
+        here.keep("read", key, value)
+        return _kept(state, sequence, here.most), balance
+
+    def _transform(self, concepts: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
         """The blocks over padded concepts [R, M, d_c] of some rows. (z [R, M, d_c]; balance loss of all rows [B])"""
         order = torch.arange(concepts.shape[1], device=concepts.device)
-        alive = order < some.counts[:, None]
-        if state is None or rows is None:
-            at, keys = order.expand_as(document), document
-        else:
-            at = state.lengths[rows][:, None] + order
-            keys = state.read("document", rows, int(slots.max()) + 1)
-        earlier = torch.arange(keys.shape[1], device=keys.device) <= at[..., None]
-        sees = earlier & (keys[:, None, :] == document[..., None])
+        alive = order < here.some.counts[:, None]
+        at = order if here.state is None else here.state.lengths[here.rows][:, None] + order
+        earlier = torch.arange(here.documents.shape[1], device=order.device) <= at[..., None]
+        document = here.some.pad(here.document, NOWHERE)
+        sees = earlier & (here.documents[:, None, :] == document[..., None])
         sequence = Sequence((sees.sum(dim=-1) - 1).clamp_min(0), alive, torch.zeros_like(alive), document)
         mask = (sees | ~alive[..., None]).unsqueeze(1)  # padding sees anything, to stay finite
         dim = self.config.head_dim if self.config.kv_lora_rank is None else self.config.qk_rope_head_dim
@@ -169,25 +161,60 @@ class ConceptStage(nn.Module):
         streams = concepts.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
         balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            cache = None
-            if state is not None and rows is not None:
-                cache = _keep(state, str(i), some, rows[some.row], rows, slots, keys.shape[1])
+            cache = None if here.state is None else partial(here.keep, str(i))
             output = BlockOutput(*layer(streams, angles, mask, sequence, None, None, cache))
             streams = output.streams
             record(layer, output, balance)
-        return self.norm(self.exit(streams)), torch.stack(balance).mean(dim=0) if balance else None
+        if not balance:
+            return self.norm(self.exit(streams)), None
+        loss = torch.stack(balance).mean(dim=0)
+        if here.state is not None:  # the rows that form no concept have none
+            loss = loss.new_zeros(len(here.state.lengths)).index_put((here.rows,), loss)
+        return self.norm(self.exit(streams)), loss
 
 
-def _keep(
-    state: ConceptState, name: str, some: Formed, row: Tensor, rows: Tensor | None, slots: Tensor, most: int
-) -> Cache:
-    """A cache that keeps padded keys and values [R, H, M, n] of new concepts, which go to `slots` of `row`, and hands
-    out the first `most` slots of `rows`.
+@dataclass(frozen=True)
+class Here:
+    """Where the new concepts of a forward are and go: `some` among the R `rows` that form any, to the slots [N] of the
+    decode state, of which `most` are then in use in any row; `document` [N] of each, `documents` [R, S] of all that
+    these rows then have. Without a state all rows take part, and the new concepts are all there is.
     """
 
-    def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        for part, values in ((f"{name}_key", key), (f"{name}_value", value)):
-            state.write(part, row, slots, values[some.row, :, some.rank], most)
-        return state.read(f"{name}_key", rows, most), state.read(f"{name}_value", rows, most)
+    some: Formed
+    rows: Tensor
+    slots: Tensor
+    most: int
+    document: Tensor
+    documents: Tensor
+    state: ConceptState | None
 
-    return update
+    @classmethod
+    def of(cls, formed: Formed, document: Tensor, position: Tensor, state: ConceptState | None) -> Here:
+        if state is None:
+            rows = torch.arange(len(formed.counts), device=document.device)
+            return cls(formed, rows, formed.rank, 0, document, formed.pad(document, NOWHERE), None)
+        rows = formed.counts.nonzero().squeeze(1)
+        slots = state.lengths[formed.row] + formed.rank
+        most = int((state.lengths + formed.counts).max())
+        state.write("document", formed.row, slots, document, most)
+        state.write("position", formed.row, slots, position, most)
+        documents = state.read("document", rows, int(slots.max()) + 1)
+        return cls(formed.among(rows), rows, slots, most, document, documents, state)
+
+    def keep(self, name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A cache: keep keys and values [R, H, M, n] of the new concepts, and hand out all that these rows have."""
+        assert self.state is not None
+        row = self.rows[self.some.row]
+        for part, values in ((f"{name}_key", key), (f"{name}_value", value)):
+            self.state.write(part, row, self.slots, values[self.some.row, :, self.some.rank], self.most)
+        here = self.documents.shape[1]
+        return self.state.read(f"{name}_key", self.rows, here), self.state.read(f"{name}_value", self.rows, here)
+
+
+def _kept(state: ConceptState, sequence: Sequence, most: int | None = None) -> tuple[Tensor, Tensor, Places] | None:
+    """Keys, values and places of all that tokens may read, if there is anything."""
+    most = int(state.lengths.max()) if most is None else most
+    if not most:
+        return None
+    parts = [state.read(name, None, most) for name in ("read_key", "read_value", "document", "position")]
+    return parts[0], parts[1], Places(sequence.document, sequence.position_ids, parts[2], parts[3])

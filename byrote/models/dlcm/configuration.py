@@ -153,7 +153,7 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache and boundary_convention != "literal"
-        self.num_hidden_layers = num_encoder_layers + num_decoder_layers  # those whose keys are one a token
+        kwargs.pop("num_hidden_layers", None)  # of a saved config; it follows from the two
         super().__init__(  # type: ignore[call-arg]
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
@@ -179,6 +179,11 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides}, vocabulary=vocabulary)
 
     @property
+    def num_hidden_layers(self) -> int:
+        """Those whose keys are one a token: what a cache of attention layers is made for."""
+        return self.num_encoder_layers + self.num_decoder_layers
+
+    @property
     def token_scale(self) -> float:
         """s_token = d_token / d_base of muP; 1 without."""
         return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0
@@ -191,7 +196,15 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
     def _check(self) -> None:
         refuse = self._refuse
         self._check_streams()
-        for field in ("hidden_size", "num_encoder_layers", "concept_size", "intermediate_size"):
+        for field in (
+            "hidden_size",
+            "num_encoder_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "concept_size",
+            "num_concept_heads",
+            "concept_intermediate_size",
+        ):
             if getattr(self, field) < 1:
                 refuse(field, "at least 1")
         for field in ("num_concept_layers", "num_decoder_layers", "n_routed_experts"):
@@ -227,6 +240,8 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
             refuse("concept_weighting", f"must be one of {WEIGHTINGS}")
         if self.concept_kernel not in KERNELS:
             refuse("concept_kernel", f"must be one of {KERNELS}")
+        if self.concept_kernel == "varlen" and self.concept_weighting != "replicated":
+            refuse("concept_kernel", "is of concept_weighting='replicated'; 'sdpa' and 'flex' have both")
         if self.mup_base_width is not None and self.mup_base_width < 1:
             refuse("mup_base_width", "a width, or None for the standard parametrization")
         if self.n_routed_experts and self.num_experts_per_tok > self.n_routed_experts:

@@ -67,6 +67,9 @@ class DLCMModel(DLCMPreTrainedModel):
             size = self.concepts.boundary.scan_size or self.config.hidden_size
             exact = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
             fields["query"] = Field(1, (size,), dtype=exact)
+            # No tail at all: it tells the cache of another concept transformer, whose keys would be no good here.
+            opens = self.config.boundary_convention == "open"
+            fields["concepts"] = Field(0, (len(self.concepts.layers), self.config.concept_size, opens))
         return fields
 
     def attach_memory_state(self, cache: Cache) -> ConceptState:
@@ -96,6 +99,8 @@ class DLCMModel(DLCMPreTrainedModel):
         `boundaries_only`: go no further than to choose them.
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
+        if boundaries is not None and self.concepts is None:
+            raise ValueError("boundaries are of concepts, and num_concept_layers=0 has none: leave them out")
         if boundaries is not None and (boundaries.shape != input_ids.shape or boundaries.dtype != torch.bool):
             raise ValueError(
                 f"boundaries must be bool {list(input_ids.shape)}, got {boundaries.dtype} {list(boundaries.shape)}"
@@ -138,21 +143,24 @@ class DLCMModel(DLCMPreTrainedModel):
             return streams
 
         streams = run(self.encoder, x, 0)
-        result = DLCMModelOutput(past_key_values=past_key_values, alive=sequence.alive)
+        found = None
         if self.concepts is not None:
             h = self.encoder_norm(self.encoder_exit(streams))
             if boundaries_only:
-                result.boundary_probabilities, result.boundaries = self.concepts.choose(h, sequence, state)[:2]
-                return result
+                p, chosen, _ = self.concepts.choose(h, sequence, state)
+                return DLCMModelOutput(boundary_probabilities=p, boundaries=chosen, alive=sequence.alive)
             found = self.concepts(h, sequence, state, boundaries)
-            result.boundary_probabilities, result.boundaries = found.probabilities, found.boundaries
-            result.balance_loss = found.balance_loss
             streams = run(self.decoder, h + found.addend, len(self.encoder))
         hidden_states.append(streams)
-        result.last_hidden_state = self.norm(self.exit(streams))
-        if output_hidden_states:
-            result.hidden_states = tuple(s.mean(dim=2) for s in hidden_states)
-        return result
+        return DLCMModelOutput(
+            last_hidden_state=self.norm(self.exit(streams)),
+            past_key_values=past_key_values,
+            hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
+            boundary_probabilities=None if found is None else found.probabilities,
+            boundaries=None if found is None else found.boundaries,
+            alive=sequence.alive,
+            balance_loss=None if found is None else found.balance_loss,
+        )
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         use_cache = self.config.use_cache if use_cache is None else use_cache
