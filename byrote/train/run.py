@@ -23,7 +23,7 @@ from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.train import filetables
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.checkpoint import align, checkpoints, latest, sharded
+from byrote.train.checkpoint import FOLDERS, align, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
@@ -130,9 +130,9 @@ def make_trainer(
     optimizer = build_optimizer(recipe, model)
     if settings.placement == "file":
         if checkpoint:
-            filetables.resume(model, checkpoints(run))
+            filetables.resume(model, run, FOLDERS)
         else:
-            filetables.begin(model, run, optimizer.rule)
+            filetables.begin(model, run, optimizer.rule, FOLDERS)
     return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
 
 
