@@ -4,7 +4,8 @@ Every argument is an integer: an address or a count. So each loop compiles once,
 too), is cached beside this file, and runs without the GIL. The callers keep the arrays alive and check all ids.
 
 What makes a loop over random rows fast is that the memory is asked for early: while one row is copied, each cache
-line of the row `AHEAD` places later is fetched (`llvm.prefetch`), and rows move in vectors of 64 bytes.
+line of the row `AHEAD` places later is fetched (`llvm.prefetch`), and rows move in vectors of 64 bytes. An output that
+no cache holds is written past the caches, which saves reading it first.
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
@@ -18,12 +19,18 @@ from byrote.vectors import LANES, load, splat, store
 
 AHEAD = 24  # rows: about what the memory system keeps in flight
 LINE = 64  # bytes of a cache line
+BEYOND_CACHES = 32 << 20  # bytes
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def _compiled(function):
     return numba.njit(cache=True, nogil=True)(function)
+
+
+def _inlined(function):
+    # By numba, as LLVM leaves a call in the loop: a third of the time of a row of 160 bytes.
+    return numba.njit(inline="always")(function)
 
 
 def _intrinsic(function):
@@ -159,6 +166,30 @@ def _e8m0(typingctx, source):
     return types.float32(types.int64), generate
 
 
+@_intrinsic
+def stream_32(typingctx, destination, source):
+    """Copy 32 bytes past the caches; the destination is at a multiple of 32."""
+
+    def generate(context, builder, signature, arguments):
+        values = load(builder, arguments[1], I8, 32)
+        written = builder.store(values, builder.inttoptr(arguments[0], values.type.as_pointer()), align=32)
+        written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@_intrinsic
+def fence(typingctx):
+    """What was streamed is there for all threads."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 bf16_16, bf16_1 = _bf16(LANES), _bf16(1)
 fp8_16, fp8_1 = _fp8(LANES), _fp8(1)
 int8_16, int8_1 = _int8(LANES), _int8(1)
@@ -209,7 +240,7 @@ adam_16, adam_1 = _adam(LANES), _adam(1)
 step_16, step_1 = _step(LANES), _step(1)
 
 
-@_compiled
+@_inlined
 def _fetch(address, size):
     line = address & -LINE
     while line < address + size:
@@ -217,7 +248,7 @@ def _fetch(address, size):
         line += LINE
 
 
-@_compiled
+@_inlined
 def _copy(destination, source, size):
     done = 0
     while done + 64 <= size:
@@ -242,9 +273,27 @@ def _copy(destination, source, size):
         copy_1(destination + done, source + done)
 
 
+@_inlined
+def _stream(destination, source, size):
+    done = 0
+    while done + 64 <= size:
+        stream_32(destination + done, source + done)
+        stream_32(destination + done + 32, source + done + 32)
+        done += 64
+    if size & 32:
+        stream_32(destination + done, source + done)
+
+
 @_compiled
 def gather(records, size, ids, count, out):
     """out[i] = records[ids[i]], `size` bytes each."""
+    if count * size >= BEYOND_CACHES and size % 32 == 0 and out % 32 == 0:
+        for i in range(count):
+            if i + AHEAD < count:
+                _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+            _stream(out + i * size, records + load_i64(ids + 8 * i) * size, size)
+        fence()
+        return
     for i in range(count):
         if i + AHEAD < count:
             _fetch(records + load_i64(ids + 8 * (i + AHEAD)) * size, size)
