@@ -58,7 +58,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """`ratios`: how many times as fast as the rival, a round each. `target`: the least median; None: a report."""
+    """`ratios`: how many times as fast as the rival, a round each. `target`: the least median; None: a report.
+
+    `limit`: the ratios are our time over the other's, and their median is at most this.
+    """
 
     what: str
     against: str
@@ -66,6 +69,7 @@ class Row:
     theirs_ms: float
     ratios: tuple[float, ...]
     target: float | None = None
+    limit: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -73,6 +77,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
+        if self.limit is not None:
+            return self.ratio <= self.limit
         return None if self.target is None else self.ratio >= self.target
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +104,15 @@ def compare(
     best = [min(times) for times in zip(*(seconds[name] for name in rivals), strict=True)]
     ratios = tuple(theirs / own for theirs, own in zip(best, seconds[ours], strict=True))
     return Row(what, against, 1e3 * statistics.median(seconds[ours]), 1e3 * statistics.median(best), ratios, target)
+
+
+def at_most(
+    what: str, seconds: dict[str, list[float]], ours: str, other: str, against: str, limit: float | None
+) -> Row:
+    """What something costs, as a multiple of `other`."""
+    ratios = tuple(own / theirs for own, theirs in zip(seconds[ours], seconds[other], strict=True))
+    own, theirs = (1e3 * statistics.median(seconds[name]) for name in (ours, other))
+    return Row(what, against, own, theirs, ratios, limit=limit)
 
 
 def bench_gather(options: Options) -> Iterator[Row]:

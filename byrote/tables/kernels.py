@@ -10,9 +10,8 @@ no cache holds is written past the caches, which saves reading it first.
 
 # No `from __future__ import annotations` here: numba reads the signatures.
 import numba
-import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from byrote.vectors import LANES, load, splat, store
@@ -196,50 +195,6 @@ int8_16, int8_1 = _int8(LANES), _int8(1)
 int4_16, int4_2, int4_1 = _int4(LANES), _int4(2), _int4(1)
 
 
-def _adam(lanes):
-    """An intrinsic: one step of Adam on `lanes` float32 of a row, its two moments and its gradient."""
-
-    @_intrinsic
-    def move(typingctx, row, first, second, gradient, beta1, rest1, beta2, rest2, correction1, correction2, eps, rate):
-        def generate(context, builder, signature, arguments):
-            places, scalars = arguments[:4], [splat(builder, value, lanes) for value in arguments[4:]]
-            beta1, rest1, beta2, rest2, correction1, correction2, eps, rate = scalars
-            values, m, v, g = (load(builder, place, F32, lanes) for place in places)
-            m = builder.fadd(builder.fmul(m, beta1), builder.fmul(g, rest1))
-            v = builder.fadd(builder.fmul(v, beta2), builder.fmul(builder.fmul(g, g), rest2))
-            kind = ir.FunctionType(values.type, [values.type])
-            root = cgutils.get_or_insert_function(builder.module, kind, f"llvm.sqrt.v{lanes}f32")
-            below = builder.fadd(builder.call(root, [builder.fdiv(v, correction2)]), eps)
-            moved = builder.fdiv(builder.fmul(rate, builder.fdiv(m, correction1)), below)
-            for place, new in zip(places, (builder.fsub(values, moved), m, v), strict=False):
-                store(builder, place, new)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 4, *[types.float32] * 8), generate
-
-    return move
-
-
-def _step(lanes):
-    """An intrinsic (row, gradient, factor): row += factor * gradient, on `lanes` float32."""
-
-    @_intrinsic
-    def move(typingctx, row, gradient, factor):
-        def generate(context, builder, signature, arguments):
-            values, g = (load(builder, place, F32, lanes) for place in arguments[:2])
-            moved = builder.fmul(splat(builder, arguments[2], lanes), g)
-            store(builder, arguments[0], builder.fadd(values, moved))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.float32), generate
-
-    return move
-
-
-adam_16, adam_1 = _adam(LANES), _adam(1)
-step_16, step_1 = _step(LANES), _step(1)
-
-
 @_inlined
 def _fetch(address, size):
     line = address & -LINE
@@ -363,40 +318,6 @@ def gather_int4(records, size, ids, count, out, width):
             int4_2(destination + 4 * k, source + k // 2, scale)
         if pairs < width:
             int4_1(destination + 4 * pairs, source + pairs // 2, scale)
-
-
-@_compiled
-def update_adam(values, ids, first, second, entries, gradient, corrections, count, width, beta1, beta2, eps, rate):
-    """Adam on rows ids[i] of `values`, moments entries[i], gradient i; corrections[i] = 1 - beta1^t, 1 - beta2^t."""
-    whole, size = width // LANES * LANES, 4 * width
-    b1, r1, b2, r2 = np.float32(beta1), np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2)
-    e, lr = np.float32(eps), np.float32(rate)
-    for i in range(count):
-        if i + AHEAD < count:
-            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
-            _fetch(first + load_i64(entries + 8 * (i + AHEAD)) * size, size)
-            _fetch(second + load_i64(entries + 8 * (i + AHEAD)) * size, size)
-        row, entry = values + load_i64(ids + 8 * i) * size, load_i64(entries + 8 * i) * size
-        m, v, g = first + entry, second + entry, gradient + i * size
-        c1, c2 = load_f32(corrections + 8 * i), load_f32(corrections + 8 * i + 4)
-        for k in range(0, 4 * whole, 4 * LANES):
-            adam_16(row + k, m + k, v + k, g + k, b1, r1, b2, r2, c1, c2, e, lr)
-        for k in range(4 * whole, size, 4):
-            adam_1(row + k, m + k, v + k, g + k, b1, r1, b2, r2, c1, c2, e, lr)
-
-
-@_compiled
-def update_step(values, ids, gradient, factors, count, width):
-    """Rows ids[i] of `values` += factors[i] * gradient i."""
-    whole, size = width // LANES * LANES, 4 * width
-    for i in range(count):
-        if i + AHEAD < count:
-            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
-        row, g, factor = values + load_i64(ids + 8 * i) * size, gradient + i * size, load_f32(factors + 4 * i)
-        for k in range(0, 4 * whole, 4 * LANES):
-            step_16(row + k, g + k, factor)
-        for k in range(4 * whole, size, 4):
-            step_1(row + k, g + k, factor)
 
 
 @_compiled
