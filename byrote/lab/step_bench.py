@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from byrote.lab.table_bench import Options, Row, at_most
+from byrote.lab.ratios import Options, Row, at_most
 from byrote.models.engram import EngramConfig, EngramForCausalLM
 from byrote.train.optimizer import Optimizer
 

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byrote.tables import gather
+from byrote.tables import gather, pages
 from byrote.tables.checksums import discard
 from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
-from byrote.tables.touched import TouchedState, ask_for_huge_pages
+from byrote.tables.touched import TouchedState
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
@@ -73,7 +73,7 @@ class RamTable:
             dtype = self._codec.dtype
             stored = self._codec.record_bytes(self.width) // dtype.itemsize
             rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
-            ask_for_huge_pages(rows)
+            pages.ask_for_huge_pages(rows)
             at = 0
             for piece in self.pieces():
                 rows[at : at + len(piece)] = piece
@@ -105,7 +105,7 @@ class RamTable:
         here = rows.cpu()  # first of all, so that a device is waited for once
         check_row_ids(here, self.num_rows)
         ids = here.reshape(-1).contiguous()
-        values = torch.empty(len(ids), self.width, device="cpu")
+        values = pages.empty(len(ids), self.width)
         gather.decode(self._records, ids, self._codec, values)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 

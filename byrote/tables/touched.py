@@ -1,27 +1,25 @@
-"""Rule state of the rows that were ever updated, in arrays of one entry a *touched* row, in the order of their first touch.
+"""Rule state of the rows that were ever updated, in arrays of one entry a *touched* row, in the order of first touches.
 
     directory [R] int32      where a row's entry is; 0: the row was never touched
     arrays    [1 + U, ...]   one a field of the rule; entry 0 stays zero and is what a row without state reads
 
-In host memory the arrays are address space for all R rows, of which the system fills in what is used: they never move, so
-that no step pays for copying them. Elsewhere they grow by doubling.
+In host memory the arrays are address space for all R rows, of which the system fills in what is used: they never move,
+so that no step pays for copying them. Elsewhere they grow by doubling.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
 from byrote.compiled import numba_is_there
+from byrote.tables import pages
 from byrote.tables.table import RowState, StateFields
 
 CPU = torch.device("cpu")
-NORESERVE = 0x4000  # of mmap on Linux: address space is not counted as memory
 
 
 class TouchedState:
@@ -83,11 +81,11 @@ class TouchedState:
     def _open(self, fields: StateFields) -> Tensor:
         self.check(fields)
         if self._directory is None:
-            self._directory = zeros((self.num_rows,), torch.int32, self.device)
-            at_first = self.num_rows + 1 if self.device.type == "cpu" else 1
-            self.arrays = {
-                name: zeros((at_first, *shape), torch.float32, self.device) for name, shape in fields.items()
-            }
+            on_cpu = self.device.type == "cpu"
+            zeros = pages.zeros if on_cpu else partial(torch.zeros, device=self.device)
+            size = self.num_rows + 1 if on_cpu else 1
+            self._directory = zeros((self.num_rows,), dtype=torch.int32)
+            self.arrays = {name: zeros((size, *shape), dtype=torch.float32) for name, shape in fields.items()}
         return self._directory
 
     def _grow(self, needed: int) -> None:
@@ -97,22 +95,3 @@ class TouchedState:
                 grown = array.new_zeros(size, *array.shape[1:])
                 grown[: len(array)] = array
                 self.arrays[name] = grown
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-    """As torch.zeros; on Linux, host memory that is there when it is written, in huge pages, however large the shape is."""
-    if device.type != "cpu" or sys.platform != "linux":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = max(1, prod(shape)) * dtype.itemsize
-    place = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    array = torch.frombuffer(place, dtype=dtype, count=prod(shape)).view(shape)
-    ask_for_huge_pages(array)
-    return array
-
-
-def ask_for_huge_pages(array: Tensor) -> None:
-    """Let Linux map memory that is not yet written by 2 MiB: a random row then seldom waits for a page table."""
-    size = 2 << 20
-    first, last = -(-array.data_ptr() // size) * size, (array.data_ptr() + array.nbytes) // size * size
-    if sys.platform == "linux" and first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
