@@ -4,7 +4,7 @@
 {"step", "tokens", "seconds", "val_loss", "bits_per_byte"}
 
 "loss" is of the next token, and comparable with "val_loss"; a model with prediction modules has their loss, unweighted,
-as "mtp_loss" beside it.
+as "mtp_loss" beside it, one with concepts "tokens_per_concept", as drawn, and "val_tokens_per_concept", by threshold.
 """
 
 import json
