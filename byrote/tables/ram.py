@@ -30,7 +30,7 @@ from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
-from byrote.tables.touched import TouchedState
+from byrote.tables.touched import CPU, TouchedState
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
@@ -43,6 +43,8 @@ class RamTable:
     Rows are drawn from N(0, `std`^2) with `seed` when they are first needed, so that a model can be built on the
     meta device, or be about to open its tables from a file, without paying for them.
     """
+
+    device = CPU
 
     def __init__(
         self, num_rows: int, width: int, *, digest: str, std: float = 0.02, seed: int = 0, codec: str = "fp32"
@@ -88,7 +90,7 @@ class RamTable:
     def pieces(self) -> Iterator[Tensor]:
         """All rows as they are stored, in order, some at a time; where they are not drawn yet, nothing is kept."""
         if self._rows is not None:
-            yield from self._rows.split(DRAWN)
+            yield from (piece.cpu() for piece in self._rows.split(DRAWN))
             return
         generator = torch.Generator().manual_seed(self._seed)
         for at in range(0, self.num_rows, DRAWN):
@@ -111,22 +113,25 @@ class RamTable:
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
-        here = rows.cpu()
+        here = rows.to(self.device)
         check_row_ids(here, self.num_rows)
         return {name: value.to(rows.device) for name, value in self._state.read(here, fields).items()}
 
     @torch.no_grad()
     def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
-        here = rows.cpu()
+        here = rows.to(self.device)
         check_row_ids(here, self.num_rows)
         if values.shape != (rows.numel(), self.width):
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
         if state is not None:
             self._check_state(rows, state)
-        records = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
-        gather.scatter(self._records, here.contiguous(), records)
+        records = self._codec.encode(values.to(self.device, torch.float32), chance(self.digest, self.generation))
+        self._scatter(here.contiguous(), records)
         if state is not None:
             self._state.write(here, state)
+
+    def _scatter(self, rows: Tensor, records: Tensor) -> None:
+        gather.scatter(self._records, rows, records)
 
     @torch.no_grad()
     def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
@@ -179,9 +184,9 @@ class RamTable:
 
     def replace_state(self, rows: Tensor, state: RowState) -> None:
         """Forget all rule state, and take that of rows [U]."""
-        self._state = TouchedState(self.num_rows)
+        self._state = TouchedState(self.num_rows, self.device)
         if rows.numel():
-            self._state.write(rows, state)
+            self._state.write(rows.to(self.device), state)
 
     def touched(self) -> Tensor:
         """Ids of the rows with rule state [U], ascending."""
@@ -234,7 +239,9 @@ def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: array.contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)})
+    save_file(
+        {name: array.cpu().contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)}
+    )
     discard(path)
     os.replace(temporary, path)
 

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from byrote.compiled import numba_is_there
 from byrote.tables.table import RowState, StateFields, Table
+from byrote.tables.touched import CPU
 
 
 class RowRule(Protocol):
@@ -75,7 +76,8 @@ class InPlaceTable(Protocol):
 
 def update_rows(table: Table, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
     """One step of unique rows [U] by their summed gradient [U, W]."""
-    compiled = isinstance(rule, InPlaceRule) and numba_is_there()
+    on_cpu = getattr(table, "device", CPU) == CPU  # rows on an accelerator are updated there
+    compiled = isinstance(rule, InPlaceRule) and numba_is_there() and on_cpu
     if compiled:
         assert isinstance(rule, InPlaceRule)
         rows, gradient = rows.cpu(), gradient.cpu().contiguous()
