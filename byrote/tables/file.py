@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from byrote.tables import gather, pages
+from byrote.tables import gather
 from byrote.tables.codecs import CODECS
 from byrote.tables.headers import read_header
 from byrote.tables.ram import FORMAT_VERSION, check_wanted, table_header
@@ -88,7 +89,7 @@ class FileTable:
         if self.form is not None and (self._scales is not None or self.form.codec is None):
             values = self._read_released(ids, self.form)
         else:
-            values = pages.empty(len(ids), self.width)
+            values = _empty(len(ids), self.width)
             for records, places, where in self._values.batches(ids):
                 part = values if where is None else torch.empty(len(where), self.width)
                 gather.decode(records, places, self._codec, part)
@@ -102,7 +103,7 @@ class FileTable:
         scales = None if self._scales is None else self._scales.read(unique)
         if form.codec is None or scales is None:
             return form.decode(records, scales).index_select(0, inverse)
-        return gather.decode(torch.cat([records, scales], 1), inverse, self._codec, pages.empty(len(ids), self.width))
+        return gather.decode(torch.cat([records, scales], 1), inverse, self._codec, _empty(len(ids), self.width))
 
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
         """Zeros: a file of rows has no rule state."""
@@ -156,3 +157,12 @@ class FileTable:
     def _header(self) -> dict[str, Any]:
         names = ("digest", "generation", "num_rows", "width", "codec")
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
+
+
+def _empty(rows: int, width: int) -> Tensor:
+    """As torch.empty, but of memory that NumPy asks for in huge pages, which large results are sooner filled in; at a
+    whole cache line, as torch's is, so that sums over it keep their bits.
+    """
+    raw = np.empty(4 * rows * width + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return torch.from_numpy(raw[begin : begin + 4 * rows * width].view(np.float32).reshape(rows, width))

@@ -107,7 +107,7 @@ class RamTable:
         here = rows.cpu()  # first of all, so that a device is waited for once
         check_row_ids(here, self.num_rows)
         ids = here.reshape(-1).contiguous()
-        values = pages.empty(len(ids), self.width)
+        values = torch.empty(len(ids), self.width, device="cpu")
         gather.decode(self._records, ids, self._codec, values)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 

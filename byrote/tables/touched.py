@@ -68,6 +68,8 @@ class TouchedState:
             entries = torch.empty(len(rows), dtype=torch.int64)
             found = rule_kernels.claim(directory.numpy(), rows.contiguous().numpy(), self.count, entries.numpy())
             fresh = int(found) - self.count
+            for array in self.arrays.values():
+                pages.populate(array, self.count + 1, self.count + 1 + fresh)
         else:
             entries = directory.index_select(0, rows).long()
             new = entries == 0
