@@ -15,6 +15,7 @@ class Draft(StrEnum):
 
 class Placement(StrEnum):
     host = "host"
+    device = "device"
     file = "file"
 
 

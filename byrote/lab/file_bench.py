@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from byrote.lab.table_bench import Options, Row, compare, interleaved
+from byrote.lab.ratios import Options, Row, compare, interleaved
 from byrote.tables.file import FileTable
 from byrote.tables.headers import read_header
 from byrote.tables.ram import FORMAT_VERSION

@@ -20,7 +20,9 @@ from byrote.address.spec import AddressSpec
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
+from byrote.tables.device import DeviceTable
 from byrote.tables.logged import LoggedTable
+from byrote.tables.ram import RamTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
 from byrote.tables.table import Table
@@ -130,6 +132,22 @@ class MemoryStack(nn.Module):
         ranks = Ranks()
         for _, memory in self.items():
             memory.table = ShardedTable.split(memory.table, ranks)
+
+    def to_device(self, device: torch.device | str) -> None:
+        """Bring every table, and the state of its rows, onto a device."""
+        for layer_id, memory in self.items():
+            if not isinstance(memory.table, RamTable):
+                kind = type(memory.table).__name__
+                raise ValueError(
+                    f"table {layer_id} is a {kind}; only tables in RAM (placement='host') move to a device"
+                )
+            memory.table = DeviceTable.of(memory.table, device)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where tables of placement "device" are; None for other placements."""
+        tables = (memory.table for _, memory in self.items())
+        return next((table.device for table in tables if isinstance(table, DeviceTable)), None)
 
     @property
     def sharded(self) -> bool:

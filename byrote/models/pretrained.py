@@ -20,8 +20,11 @@ from byrote.models.configuration import MemoryConfig
 from byrote.tables import RamTable, Table
 from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
+from byrote.tables.device import accelerator
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
+
+PLACEMENTS = ("host", "device", "file", "sharded")
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -80,13 +83,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
-        `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
-        trained. Either follows a checkpoint of a file-table run to the run's log. "sharded" spreads the rows over the
-        ranks of the process group, which all call it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of
-        tables in files that are read most, shared among the tables.
+        `placement`: where the tables live; "host" is RAM, "device" an accelerator, "file" leaves them in their files,
+        to be read and not trained. Each follows a checkpoint of a file-table run to the run's log. "sharded" spreads
+        the rows over the ranks of the process group, which all call it. `cache`: bytes of RAM, as 64_000_000 or "64MB",
+        for the rows of tables in files that are read most, shared among the tables.
         """
-        if placement not in ("host", "file", "sharded"):
-            raise ValueError(f"placement must be 'host' or 'file' or 'sharded', got {placement!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
+        if placement == "device":
+            accelerator()  # before anything is loaded
         if cache is not None and placement != "file":
             raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
@@ -109,16 +114,18 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
 
-        `placement`: "host" or "file", as in `from_pretrained`; sharded tables stay sharded.
+        `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded or on a device stay there.
         """
-        sharded = self.memory_stack is not None and self.memory_stack.sharded
-        self._open_tables(lambda file: Path(folder) / file, "sharded" if sharded else placement)
+        stack = self.memory_stack
+        if stack is not None and (stack.sharded or stack.device is not None):
+            placement = "sharded" if stack.sharded else "device"
+        self._open_tables(lambda file: Path(folder) / file, placement)
 
     def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
         stack = self.memory_stack
         if stack is None:
             return
-        opened = []
+        device, opened = stack.device, []
         for layer_id, memory in stack.items():
             path = find(stack.table_path(Path(), layer_id).name)
             rows = stack.spec.layer(layer_id).rows
@@ -133,6 +140,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             memory.table = table
         if placement == "sharded":
             stack.shard()
+        elif placement == "device":
+            stack.to_device(device or accelerator())
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""

@@ -99,6 +99,7 @@ class BFloat16:
         if generator is None:
             raise ValueError(f"codec {self.name} rounds by chance: give encode a torch.Generator")
         noise = torch.empty(values.shape, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
+        noise = noise.to(values.device)  # drawn on the host, so that every device rounds alike
         return ((values.contiguous().view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.uint8)
 
     def decode(self, records: Tensor, width: int) -> Tensor:

@@ -3,8 +3,7 @@
 A record is a row as the codec stores it (`byrote.tables.codecs`): `rows` is [R, W] for fp32 and bf16, and bytes [R, B]
 for the packed codecs. Reading decodes, writing encodes.
 
-Rule state lives in arrays of one entry a *touched* row, which grow by doubling, and a directory of four bytes a
-row says where (0 = never touched). Saved files are plain safetensors, readable by anything:
+Rule state lies in `byrote.tables.touched`. Saved files are plain safetensors, readable by anything:
 
 - rows:  tensor `rows` [R, W] or [R, B]
 - state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
@@ -13,11 +12,8 @@ row says where (0 = never touched). Saved files are plain safetensors, readable 
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byrote.tables import gather
+from byrote.tables import gather, pages
 from byrote.tables.checksums import discard
 from byrote.tables.codecs import CODECS
 from byrote.tables.rules import InPlaceRule
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
+from byrote.tables.touched import CPU, TouchedState
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
@@ -47,6 +44,8 @@ class RamTable:
     meta device, or be about to open its tables from a file, without paying for them.
     """
 
+    device = CPU
+
     def __init__(
         self, num_rows: int, width: int, *, digest: str, std: float = 0.02, seed: int = 0, codec: str = "fp32"
     ) -> None:
@@ -59,9 +58,7 @@ class RamTable:
         self.generation = 0
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
-        self._directory: Tensor | None = None  # [R] int32: 1 + index into the state arrays, 0 = never touched
-        self._state: RowState = {}
-        self._touched = 0
+        self._state = TouchedState(num_rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RamTable:
         return self
@@ -78,7 +75,7 @@ class RamTable:
             dtype = self._codec.dtype
             stored = self._codec.record_bytes(self.width) // dtype.itemsize
             rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
-            _ask_for_huge_pages(rows)
+            pages.ask_for_huge_pages(rows)
             at = 0
             for piece in self.pieces():
                 rows[at : at + len(piece)] = piece
@@ -93,7 +90,7 @@ class RamTable:
     def pieces(self) -> Iterator[Tensor]:
         """All rows as they are stored, in order, some at a time; where they are not drawn yet, nothing is kept."""
         if self._rows is not None:
-            yield from self._rows.split(DRAWN)
+            yield from (piece.cpu() for piece in self._rows.split(DRAWN))
             return
         generator = torch.Generator().manual_seed(self._seed)
         for at in range(0, self.num_rows, DRAWN):
@@ -116,26 +113,25 @@ class RamTable:
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
-        here = rows.cpu()
+        here = rows.to(self.device)
         check_row_ids(here, self.num_rows)
-        self._open_state(fields)
-        assert self._directory is not None
-        # Entry 0 of every array stays zero: it is what a row without state reads.
-        entries = self._directory.index_select(0, here).long()
-        return {name: self._state[name].index_select(0, entries).to(rows.device) for name in fields}
+        return {name: value.to(rows.device) for name, value in self._state.read(here, fields).items()}
 
     @torch.no_grad()
     def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
-        here = rows.cpu()
+        here = rows.to(self.device)
         check_row_ids(here, self.num_rows)
         if values.shape != (rows.numel(), self.width):
             raise ValueError(f"values must be [{rows.numel()}, {self.width}], got {list(values.shape)}")
         if state is not None:
             self._check_state(rows, state)
-        records = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
-        gather.scatter(self._records, here.contiguous(), records)
+        records = self._codec.encode(values.to(self.device, torch.float32), chance(self.digest, self.generation))
+        self._scatter(here.contiguous(), records)
         if state is not None:
-            self._write_state(here, state)
+            self._state.write(here, state)
+
+    def _scatter(self, rows: Tensor, records: Tensor) -> None:
+        gather.scatter(self._records, rows, records)
 
     @torch.no_grad()
     def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
@@ -143,53 +139,33 @@ class RamTable:
         check_row_ids(rows, self.num_rows)
         if gradient.shape != (len(rows), self.width):
             raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
-        entries = self._entries(rows, rule.fields(self.width))
+        entries = self._state.entries(rows, rule.fields(self.width))
         if self._codec.dtype == torch.float32:
-            rule.update_in_place(self.rows, rows.contiguous(), self._state, entries, gradient, rate)
+            rule.update_in_place(self.rows, rows.contiguous(), self._state.arrays, entries, gradient, rate)
             return
         values = self.read(rows)
-        rule.update_in_place(values, torch.arange(len(rows)), self._state, entries, gradient, rate)
+        rule.update_in_place(values, torch.arange(len(rows)), self._state.arrays, entries, gradient, rate)
         self.write(rows, values)
 
     def _check_state(self, rows: Tensor, state: RowState) -> None:
         lengths = {name: value.shape[0] for name, value in state.items()}
         if set(lengths.values()) - {rows.numel()}:
             raise ValueError(f"rule state must have {rows.numel()} entries, one a row, got {lengths}")
-        self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
-
-    def _write_state(self, rows: Tensor, state: RowState) -> None:
-        entries = self._entries(rows, {name: tuple(value.shape[1:]) for name, value in state.items()})
-        for name, value in state.items():
-            self._state[name].index_copy_(0, entries, value.to("cpu", torch.float32))
-
-    def _entries(self, rows: Tensor, fields: StateFields) -> Tensor:
-        """Where the state of rows lies in its arrays; those that have none yet get a place."""
-        self._open_state(fields)
-        assert self._directory is not None
-        entries = self._directory.index_select(0, rows).long()
-        fresh = entries == 0
-        num_fresh = int(fresh.sum())
-        if num_fresh:
-            entries[fresh] = torch.arange(self._touched + 1, self._touched + 1 + num_fresh)
-            self._directory.index_copy_(0, rows[fresh], entries[fresh].int())
-            self._touched += num_fresh
-            self._grow(self._touched + 1)
-        return entries
+        self._state.check({name: tuple(value.shape[1:]) for name, value in state.items()})
 
     def commit(self) -> int:
         self.generation += 1
         return self.generation
 
     def stats(self) -> dict[str, Any]:
-        state_bytes = sum(array.numel() * array.element_size() for array in self._state.values())
         return {
             "num_rows": self.num_rows,
             "width": self.width,
             "codec": self.codec,
             "bytes": self.num_rows * self._codec.record_bytes(self.width),
             "generation": self.generation,
-            "rows_touched": self._touched,
-            "state_bytes": state_bytes + (0 if self._directory is None else 4 * self.num_rows),
+            "rows_touched": self._state.count,
+            "state_bytes": self._state.nbytes,
         }
 
     def save(self, path: Path) -> None:
@@ -201,31 +177,25 @@ class RamTable:
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
         touched = self.touched()
-        arrays = {"rows": touched}
-        if self._directory is not None:
-            entries = self._directory.index_select(0, touched).long()
-            arrays |= {name: array.index_select(0, entries) for name, array in self._state.items()}
-        _save(arrays, path, self._header())
+        _save({"rows": touched, **self._state.read(touched, self.fields)}, path, self._header())
 
     def load_state(self, path: Path) -> None:
         self.replace_state(*load_state_file(path, self))
 
     def replace_state(self, rows: Tensor, state: RowState) -> None:
         """Forget all rule state, and take that of rows [U]."""
-        self._directory, self._state, self._touched = None, {}, 0
+        self._state = TouchedState(self.num_rows, self.device)
         if rows.numel():
-            self._write_state(rows, state)
+            self._state.write(rows.to(self.device), state)
 
     def touched(self) -> Tensor:
         """Ids of the rows with rule state [U], ascending."""
-        if self._directory is None:
-            return torch.zeros(0, dtype=torch.int64)
-        return self._directory.nonzero().squeeze(1)
+        return self._state.rows()
 
     @property
     def fields(self) -> StateFields:
         """Names and shapes of the rule state that is kept; none before the first is written or read."""
-        return {name: tuple(array.shape[1:]) for name, array in self._state.items()}
+        return self._state.fields
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
@@ -244,37 +214,11 @@ class RamTable:
     def _header(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
 
-    def _check_fields(self, fields: StateFields) -> None:
-        if self._state and self.fields != dict(fields):
-            raise ValueError(f"the table keeps rule state {sorted(self._state)}, the rule asks for {sorted(fields)}")
-
-    def _open_state(self, fields: StateFields) -> None:
-        self._check_fields(fields)
-        if self._directory is None:
-            self._directory = torch.zeros(self.num_rows, dtype=torch.int32)
-            self._state = {name: torch.zeros(1, *shape) for name, shape in fields.items()}
-
-    def _grow(self, needed: int) -> None:
-        for name, array in self._state.items():
-            if array.shape[0] < needed:
-                capacity = min(max(needed, 2 * array.shape[0], 1024), self.num_rows + 1)
-                grown = array.new_zeros(capacity, *array.shape[1:])
-                grown[: array.shape[0]] = array
-                self._state[name] = grown
-
 
 def chance(digest: str, generation: int) -> torch.Generator:
     """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
     # One number of 32 bits: a CPU generator takes no more of its seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))
-
-
-def _ask_for_huge_pages(rows: Tensor) -> None:
-    """Let Linux map memory that is not yet written by 2 MiB: a random row then seldom waits for a page table."""
-    size = 2 << 20
-    first, last = -(-rows.data_ptr() // size) * size, (rows.data_ptr() + rows.nbytes) // size * size
-    if sys.platform == "linux" and first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
 def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
@@ -295,7 +239,9 @@ def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
 
 def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: array.contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)})
+    save_file(
+        {name: array.cpu().contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)}
+    )
     discard(path)
     os.replace(temporary, path)
 

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from byrote.compiled import numba_is_there
 from byrote.tables.table import RowState, StateFields, Table
+from byrote.tables.touched import CPU
 
 
 class RowRule(Protocol):
@@ -75,7 +76,8 @@ class InPlaceTable(Protocol):
 
 def update_rows(table: Table, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
     """One step of unique rows [U] by their summed gradient [U, W]."""
-    compiled = isinstance(rule, InPlaceRule) and numba_is_there()
+    on_cpu = getattr(table, "device", CPU) == CPU  # rows on an accelerator are updated there
+    compiled = isinstance(rule, InPlaceRule) and numba_is_there() and on_cpu
     if compiled:
         assert isinstance(rule, InPlaceRule)
         rows, gradient = rows.cpu(), gradient.cpu().contiguous()
@@ -156,10 +158,8 @@ class RowAdagrad:
         self, values: Tensor, ids: Tensor, state: RowState, entries: Tensor, gradient: Tensor, rate: float
     ) -> None:
         gradient = _clipped(gradient, self.max_norm)
-        sum_sq = state["sum_sq"].index_select(0, entries) + gradient.square().mean(1)
-        state["sum_sq"].index_copy_(0, entries, sum_sq)
-        factors = -rate / (sum_sq.sqrt() + self.eps)
-        _kernels().update_step(*_addresses((values, ids, gradient, factors)), *gradient.shape)
+        arrays = values, ids, state["sum_sq"], entries, gradient
+        _kernels().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,9 @@ class SinkhornMomentum:
 
 def _corrections(betas: tuple[float, float], touches: Tensor) -> Tensor:
     """1 - beta^t for both, [U, 2]; by float64, as 1 - 0.999 has three digits less in float32."""
+    last = int(touches.max()) if len(touches) else 0
+    if last < len(touches) // 2:  # a power each is slow
+        return _corrections(betas, torch.arange(last + 1, device=touches.device)).index_select(0, touches.long())
     return torch.stack([1 - beta ** touches.double() for beta in betas], 1).float()
 
 
@@ -218,6 +221,6 @@ def _addresses(arrays: tuple[Tensor, ...]) -> list[int]:
 
 
 def _kernels() -> Any:
-    from byrote.tables import kernels
+    from byrote.tables import rule_kernels
 
-    return kernels
+    return rule_kernels

@@ -21,6 +21,7 @@ from byrote.data.packing import Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
+from byrote.tables.device import accelerator
 from byrote.train import filetables
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, latest, sharded
@@ -106,7 +107,8 @@ def make_trainer(
     tokenizer = load_tokenizer(data / "tokenizer")
     config = config_of(recipe, tokenizer)
     if checkpoint:
-        model = model_class(config).from_pretrained(checkpoint, placement=settings.placement)
+        opened = "host" if settings.placement == "device" else settings.placement
+        model = model_class(config).from_pretrained(checkpoint, placement=opened)
         align(model)
     else:
         torch.manual_seed(settings.seed)
@@ -117,7 +119,10 @@ def make_trainer(
         _wait()
         if settings.placement == "sharded" and model.memory_stack is not None:
             model.memory_stack.shard()
-    model.to(_device(settings.device))
+    device = _device(settings.device)
+    model.to(device)
+    if settings.placement == "device" and model.memory_stack is not None:
+        model.memory_stack.to_device(device)
     world = dist.get_world_size() if dist.is_initialized() else 1
     packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
     validation = Validation(
@@ -199,6 +204,8 @@ def _check_processes(recipe: Recipe) -> None:
             'train.placement is "sharded", which needs processes to share the rows: start with '
             'torchrun --nproc-per-node=2 -m byrote train RECIPE, or use "host"'
         )
+    if recipe.train.placement == "device" and recipe.train.device == "auto":
+        accelerator()  # with train.device = "cpu" the tables are in RAM, as the model is
 
 
 def _begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from byrote.lab import file_bench, table_bench
-from byrote.lab.table_bench import Options
+from byrote.lab.ratios import Options
 from byrote.tables import RamTable
 
 

@@ -1,6 +1,8 @@
 """The benchmark: its arithmetic, its rivals compute the same, its table and its file. No times are judged."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from typer.testing import CliRunner
 
 from byrote.address import engram, hash_rows, windows
 from byrote.cli.main import app
-from byrote.lab import table_bench
-from byrote.lab.table_bench import Options, Row, compare, interleaved
+from byrote.lab import gather_bench, step_bench, table_bench, update_bench
+from byrote.lab.ratios import Options, Row, at_most, compare, interleaved
 
 
 def test_candidates_take_turns_and_the_first_round_does_not_count():
@@ -34,23 +36,44 @@ def test_the_demo_recipe_gives_our_rows():
     ids = torch.randint(0, 500, (3, 20), generator=torch.Generator().manual_seed(0))
     seen = windows(ids, torch.zeros_like(ids, dtype=torch.bool), None, 3)
     expected = hash_rows(seen, spec.layers[0], 2).numpy()
-    assert (table_bench.demo_rows(ids.numpy(), spec.layers[0], 2) == expected).all()
+    assert (gather_bench.demo_rows(ids.numpy(), spec.layers[0], 2) == expected).all()
 
 
 def test_the_c_loop(tmp_path):
-    loop = table_bench._c_loop(tmp_path)
+    loop = gather_bench._c_loop(tmp_path)
     if loop is None:
         pytest.skip("no C compiler")
     records, ids = torch.randint(0, 256, (50, 160), dtype=torch.uint8), torch.randint(0, 50, (70,))
     out = torch.zeros(70, 160, dtype=torch.uint8)
-    pointers = [table_bench.ctypes.c_void_p(array.data_ptr()) for array in (records, ids, out)]
-    loop(*pointers[:2], table_bench.ctypes.c_int64(70), pointers[2])
+    pointers = [gather_bench.ctypes.c_void_p(array.data_ptr()) for array in (records, ids, out)]
+    loop(*pointers[:2], gather_bench.ctypes.c_int64(70), pointers[2])
     assert torch.equal(out, records[ids])
 
 
 def test_state_of_the_rules():
-    adam, adagrad = table_bench.state_bytes()
+    adam, adagrad = update_bench.state_bytes(1 << 18, 64)
     assert adam["bytes"] == pytest.approx(8 + 4 / 64, rel=1e-3) and adagrad["bytes"] == pytest.approx(4, rel=1e-3)
+    if sys.platform == "linux":
+        assert adam["resident"] == pytest.approx(adam["bytes"], rel=0.1)  # what the system has mapped, by 2 MiB
+
+
+def test_a_cost_is_at_most_so_much():
+    row = at_most("what", {"large": [2.0, 3.0, 8.0], "small": [1.0, 2.0, 2.0]}, "large", "small", "small ones", 2.0)
+    assert row.ratios == (2.0, 1.5, 4.0) and row.ratio == 2.0 and row.met
+    assert not at_most("what", {"large": [2.1], "small": [1.0]}, "large", "small", "small ones", 2.0).met
+
+
+def test_the_share_of_a_step_is_timed_inside_it():
+    step = step_bench.Step(100)
+    seconds, share = step()
+    assert 0 < share < seconds
+    for _, memory in step.model.memory_stack.items():
+        assert memory.table.generation == 1 and memory.table.stats()["rows_touched"] > 0
+
+
+def test_an_interpreter_without_fbgemm_is_refused():
+    with pytest.raises(ValueError, match="no FBGEMM there"):
+        update_bench._against_fbgemm("", 1000, 1, Path(sys.executable))
 
 
 def test_the_verb(monkeypatch, tmp_path):
@@ -84,7 +107,8 @@ def test_the_benchmarks_run(monkeypatch):
             call()
         return {name: [1.0] for name in candidates}
 
-    monkeypatch.setattr(table_bench, "interleaved", once)
-    benchmarks = (table_bench.bench_hash, table_bench.bench_update)
+    monkeypatch.setattr(gather_bench, "interleaved", once)
+    monkeypatch.setattr(update_bench, "interleaved", once)
+    benchmarks = (gather_bench.bench_hash, update_bench.bench_update)
     rows = [row for benchmark in benchmarks for row in benchmark(Options(quick=True))]
     assert len(rows) == 4 and all(row.ratios == (1.0,) for row in rows)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from byrote.memory import Memory
 from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
+from byrote.tables.device import DeviceTable
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 from byrote.tables.overlay import OverlayTable
@@ -47,6 +48,16 @@ def through(codec: str) -> Callable[[torch.Tensor], torch.Tensor]:
 KINDS = {
     f"ram-{codec}": Kind(
         lambda *args, codec=codec, **kwargs: RamTable(*args, codec=codec, **kwargs), RamTable.open, through(codec)
+    )
+    for codec in ("fp32", "bf16", "fp8", "int8", "int4")
+}
+
+
+KINDS |= {
+    f"device-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: DeviceTable(*args, codec=codec, device="cpu", **kwargs),
+        lambda path, **wanted: DeviceTable.open(path, device="cpu", **wanted),
+        through(codec),
     )
     for codec in ("fp32", "bf16", "fp8", "int8", "int4")
 }
