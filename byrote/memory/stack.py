@@ -57,7 +57,7 @@ class Memory(nn.Module):
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
         self._check_generation()
-        return Ticket(rows, self.anchor, self.lookup)
+        return Ticket(rows, self.anchor, self.lookup, self.lookup.begin(rows))
 
     def commit(self) -> None:
         """Close one step of row updates, here and in the table."""

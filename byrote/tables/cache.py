@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +56,7 @@ class CachedTable:
     width = property(lambda self: self.base.width)
     digest = property(lambda self: self.base.digest)
     generation = property(lambda self: self.base.generation)
+    writes = property(lambda self: getattr(self.base, "writes"))  # noqa: B009  not every base counts them
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
@@ -87,6 +87,19 @@ class CachedTable:
         admitted = torch.from_numpy(self.places.admit(missed.numpy()))
         kept = (admitted >= 0).nonzero().squeeze(1)
         self._values[admitted[kept]] = fetched[kept].to(self._values.dtype)
+
+    def cold(self, rows: Tensor) -> bool:
+        missed = self._not_kept(rows)
+        return len(missed) > 0 and hasattr(self.base, "cold") and self.base.cold(missed)
+
+    def warm(self, rows: Tensor) -> None:
+        if hasattr(self.base, "warm"):
+            self.base.warm(self._not_kept(rows))
+
+    def _not_kept(self, rows: Tensor) -> Tensor:
+        ids = rows.reshape(-1).contiguous()
+        check_row_ids(ids, self.base.num_rows)
+        return ids[torch.from_numpy(self.places.peek(ids.numpy()) < 0)]
 
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
         return self.base.read_state(rows, fields)

@@ -23,10 +23,11 @@ import functools
 import json
 import os
 import re
+import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -36,6 +37,19 @@ FORMAT_VERSION = 1
 HEADER = np.dtype([("crc", "<u4"), ("count", "<u4"), ("segment", "<u8")])
 OFFSET_BITS = 40  # of a place: segment << 40 | byte offset of the record
 BLOCK_BYTES = 1 << 20  # about so many in a block
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[P, R]) -> Callable[P, R]:
+    """One at a time: rows may be read on another thread than they are written on."""
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with args[0]._busy:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked
 
 
 class RowLog:
@@ -58,6 +72,7 @@ class RowLog:
         self._fresh = 0  # records since the last commit
         self._lock: int | None = None
         self._failed = False
+        self._busy = threading.RLock()
 
     @classmethod
     def create(
@@ -107,6 +122,7 @@ class RowLog:
             raise
         return log
 
+    @_alone
     def lock(self) -> None:
         """Take the right to write, for a log that was opened without."""
         if self._lock is None:
@@ -119,10 +135,17 @@ class RowLog:
         """Rows that differ from the base."""
         return len(self.rows())
 
+    @_alone
     def rows(self) -> np.ndarray:
         """Ids of the changed rows, ascending."""
         return np.union1d(self._index.items()[0], self._dirty.items()[0])
 
+    @_alone
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Bool [N]: the rows of ids [N] that differ from the base."""
+        return (self._dirty.get(ids) >= 0) | (self._index.get(ids) >= 0)
+
+    @_alone
     def read(self, ids: np.ndarray, num_bytes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """found [N], and the first `num_bytes` (all unless given) of the records of ids [N]; zeros where not found."""
         size = self.record_bytes if num_bytes is None else num_bytes
@@ -138,6 +161,7 @@ class RowLog:
         self._pread(places[order], cold[order], records)
         return found, records
 
+    @_alone
     def write(self, ids: np.ndarray, records: np.ndarray) -> None:
         """Set the records [U, B] of unique ids [U]."""
         self._check_writable()
@@ -159,6 +183,7 @@ class RowLog:
             self._buffer[places] = bytes_
             self._dirty.put(part, places)
 
+    @_alone
     def commit(self, generation: int) -> None:
         """Make the present state durable as `generation`. When it returns, it survives; before, the last one does."""
         self._check_writable()
@@ -175,6 +200,7 @@ class RowLog:
         matches = (re.fullmatch(r"manifest-(\d+)\.json", path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    @_alone
     def collect(self, keep: Iterable[int]) -> None:
         """Delete the generations that are not in `keep` (the present one stays), and segments that nothing needs."""
         self._check_writable()
@@ -193,6 +219,7 @@ class RowLog:
     def disk_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    @_alone
     def unlock(self) -> None:
         """Give the right to write back; what is committed stays readable here."""
         if self._lock is not None:
@@ -200,6 +227,7 @@ class RowLog:
         self._lock, self._current = None, 0
         self._failed = self._failed or bool(len(self._dirty) or self._fresh)
 
+    @_alone
     def close(self) -> None:
         """Give files and lock back. What was not committed is lost."""
         for file in self._files.values():

@@ -41,7 +41,7 @@ class LoggedTable:
     def __init__(self, base: Any, log: RowLog, fields: StateFields) -> None:
         self.base, self.log, self.fields = base, log, {name: tuple(shape) for name, shape in fields.items()}
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
-        self.generation = log.generation
+        self.generation, self.writes = log.generation, 0
 
     @classmethod
     def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
@@ -88,11 +88,28 @@ class LoggedTable:
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
         flat = rows.reshape(-1).cpu()
-        values = self.base.read(flat)
         found, records = self.log.read(flat.numpy(), 1 + self._value_bytes)
-        where = torch.from_numpy(np.flatnonzero(found))
-        values[where] = self._decode(records[found][:, 1:])
+        logged = torch.from_numpy(np.flatnonzero(found))
+        if not len(logged):
+            return self.base.read(rows)
+        values = torch.empty(len(flat), self.width)
+        values[logged] = self._decode(records[found][:, 1:])
+        rest = torch.from_numpy(np.flatnonzero(~found))
+        values[rest] = self.base.read(flat[rest])
         return values.view(*rows.shape, self.width).to(rows.device)
+
+    def cold(self, rows: Tensor) -> bool:
+        """Of the base's rows: the log was written or read by this process not long ago."""
+        return hasattr(self.base, "cold") and self.base.cold(self._not_logged(rows))
+
+    def warm(self, rows: Tensor) -> None:
+        if hasattr(self.base, "warm"):
+            self.base.warm(self._not_logged(rows))
+
+    def _not_logged(self, rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1)
+        check_row_ids(flat, self.num_rows)
+        return flat[torch.from_numpy(~self.log.holds(flat.numpy()))]
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
@@ -118,6 +135,7 @@ class LoggedTable:
             for name, (begin, end) in self._places().items():
                 records[:, begin:end] = as_bytes(state[name].to("cpu", torch.float32), end - begin)
         stored = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
+        self.writes += 1
         records[:, 1 : 1 + self._value_bytes] = stored.numpy()
         self.log.write(ids, records)
 
