@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byrote.memory.prefetch import Reading, Times, begin
+from byrote.memory.prefetch import Reading, Times, begin, warm
 from byrote.tables.gather import nonzero_rows
 from byrote.tables.table import Table
 
@@ -103,6 +103,10 @@ class Lookup:
         took = time.perf_counter() - began
         self.times.add(took, took)
         return values
+
+    def warm(self, rows: Tensor) -> None:
+        """Bring rows into memory, to be read later."""
+        warm(self.table, rows.cpu(), self.times)
 
     def stats(self) -> dict[str, Any]:
         """Those of the table, and what its reads took: `hidden` is the share of that for which no forward waited."""
