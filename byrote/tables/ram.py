@@ -56,7 +56,7 @@ class RamTable:
             raise ValueError(f"codec must be one of {sorted(CODECS)}, got {codec!r}")
         self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
         self._codec = CODECS[codec]
-        self.generation = 0
+        self.generation = self.writes = 0
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
         self._directory: Tensor | None = None  # [R] int32: 1 + index into the state arrays, 0 = never touched
@@ -133,6 +133,7 @@ class RamTable:
         if state is not None:
             self._check_state(rows, state)
         records = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
+        self.writes += 1
         gather.scatter(self._records, here.contiguous(), records)
         if state is not None:
             self._write_state(here, state)
@@ -144,6 +145,7 @@ class RamTable:
         if gradient.shape != (len(rows), self.width):
             raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
         entries = self._entries(rows, rule.fields(self.width))
+        self.writes += 1
         if self._codec.dtype == torch.float32:
             rule.update_in_place(self.rows, rows.contiguous(), self._state, entries, gradient, rate)
             return
