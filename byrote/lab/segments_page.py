@@ -20,7 +20,7 @@ PAGE = """<!doctype html>
 }
 .segment.odd { background: color-mix(in oklab, var(--open) 22%, var(--closed)); }
 .segment.waiting { outline: 1px dashed var(--soft); }
-.token { white-space: pre; padding: .1em 0; cursor: default; border-bottom: 3px solid transparent; }
+.token { white-space: pre-wrap; padding: .1em 0; cursor: default; border-bottom: 3px solid transparent; }
 .token { border-bottom-color: color-mix(in oklab, var(--open) calc(var(--p) * 100%), transparent); }
 .token.boundary { font-weight: 700; }
 svg { display: block; width: 100%; height: 7rem; margin-top: .4rem; }
@@ -67,8 +67,8 @@ function draw() {
     const element = make(segment, "span", "token" + (boundary ? " boundary" : ""), token);
     element.dataset.place = place;
     element.style.setProperty("--p", data.p[place].toFixed(3));
+    if (breaks.has(place)) make(segment, "br");
     if (!data.opens && boundary) segment = null;
-    if (breaks.has(place)) make(root, "br");
   });
   if (segment) segment.classList.add("waiting");
   document.getElementById("facts").textContent =

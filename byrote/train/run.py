@@ -109,6 +109,7 @@ def make_trainer(
     else:
         torch.manual_seed(settings.seed)
         model = model_class(config)(config, compress(tokenizer))
+        torch.manual_seed(settings.seed + rank())  # each process draws boundaries of its own
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()

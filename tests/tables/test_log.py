@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import disk, manifests
+from byrote.tables import disk, manifests, preads
 from byrote.tables.log import RowLog
 from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run
 
@@ -94,6 +94,29 @@ def test_memory_is_bounded_and_a_commit_writes_what_is_dirty(tmp_path):
     log.commit(2)
     assert log.disk_bytes() - before < 10 * 108 + 400
     assert log.read(ids)[1].sum() == 100 * (50_000 - 10)
+
+
+def test_memory_follows_the_rows_and_not_the_table(tmp_path):
+    log = RowLog.create(tmp_path, num_rows=10**15, record_bytes=8, digest="d", budget=10_000)
+    ids = np.random.default_rng(0).integers(0, 10**15, 20_000)
+    log.write(np.unique(ids), np.zeros((len(np.unique(ids)), 8), np.uint8))
+    assert log._live._places.num_bytes + log._dirty.records.nbytes < 33 * 20_000 + 10_000
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_cold_and_warm_records_are_the_same_bytes(tmp_path, monkeypatch, resident):
+    monkeypatch.setattr(preads, "resident", lambda *_: resident)
+    log = create(tmp_path, budget=500)
+    run(log, 21)
+    assert content(log) == state_after(21) and len(log._segments.reads.files) > 2
+    twice = np.random.default_rng(0).integers(0, ROWS, 3 * ROWS)
+    for size in (1, 7, BYTES):
+        found, records = log.read(twice, size)
+        assert np.array_equal(records, log.read(np.arange(ROWS), size)[1][twice]) and found.any()
+    segment = min(log._live.segments())
+    os.truncate(tmp_path / f"{segment:06d}.log", 20)
+    with pytest.raises(ValueError, match=rf"segment {segment} ends at byte 20, .*which generation 21 needs"):
+        log.read(twice)
 
 
 def kill_at_random(folder: Path, kills: int, steps: int) -> None:

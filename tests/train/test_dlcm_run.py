@@ -1,12 +1,14 @@
 """Recipes of models with concepts: they run, resume, report their compression, and may be split into micro-batches."""
 
+import shutil
+
 import pytest
 import torch
 
 from byrote import DLCMForCausalLM
+from byrote.data.packing import validation_batches
 from byrote.data.prepare import prepare
-from byrote.train.checkpoint import latest
-from byrote.train.config import Recipe
+from byrote.train.checkpoint import checkpoints, latest
 from byrote.train.metrics import read_metrics
 from byrote.train.run import finish, make_trainer
 from byrote.train.trainer import Trainer
@@ -36,8 +38,6 @@ def test_compression_is_reported(train, tmp_path):
     # Counted once more, from the checkpoint that the run left.
     model = DLCMForCausalLM.from_pretrained(latest(tmp_path / "run")).eval()
     data, read, concepts = trainer.validation.data, 0, 0
-    from byrote.data.packing import validation_batches
-
     for batch in validation_batches(data, 8, 24):
         with torch.no_grad():
             found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
@@ -56,27 +56,15 @@ def test_logged_loss_is_that_of_the_next_token(train, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(train, tmp_path):
-    whole = train("whole")
-    train("parts", steps=4)
-    recipe_file = tmp_path / "parts/recipe.json"
-    recipe = Recipe.load(recipe_file).to_dict()
-    recipe["train"]["steps"] = 9
-    Recipe.from_dict(recipe).save(recipe_file)
-    # The schedule of the first part was that of four steps; with a constant rate the two are the same run.
-    del whole
-    constant = train("constant", schedule="constant", warmup=0, checkpoint_every=4)
-    from byrote.train.checkpoint import checkpoints
-
-    first = checkpoints(tmp_path / "constant")[0]
-    assert first.name == "step-000004"
-    resumed = tmp_path / "resumed"
-    (resumed / "checkpoints").mkdir(parents=True)
-    for path in (tmp_path / "constant").iterdir():
-        if path.name in ("recipe.json", "metrics.jsonl"):
-            (resumed / path.name).write_bytes(path.read_bytes())
-    first.rename(resumed / "checkpoints" / first.name)
-    again = train("resumed", resume=True, schedule="constant", warmup=0, checkpoint_every=4)
-    for name, tensor in constant.model.state_dict().items():
+    """Boundaries are drawn, so the state of the generator is part of a checkpoint."""
+    whole = train("whole", checkpoint_every=4, keep=3)
+    first = checkpoints(tmp_path / "whole")[0]
+    (tmp_path / "again/checkpoints").mkdir(parents=True)
+    for name in ("recipe.json", "metrics.jsonl"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "again" / name)
+    shutil.move(first, tmp_path / "again/checkpoints" / first.name)
+    again = train("again", resume=True, checkpoint_every=4, keep=3)
+    for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
