@@ -210,7 +210,7 @@ def tables_over(path, folder):
 def test_tables_tell_whether_rows_are_cold(path, tmp_path, monkeypatch):
     tables, rows = tables_over(path, tmp_path), torch.tensor([[7, 8], [9, 7]])
     for resident in (True, False):
-        monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, start, size, ids, r=resident: r or not len(ids))
+        monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size, r=resident: r or not len(places))
         for name, table in tables.items():
             assert table.cold(rows) is not resident
             assert (Memory(table).ticket(rows).reading is None) is resident

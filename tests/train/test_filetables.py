@@ -114,7 +114,7 @@ def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
     """With every row of the base cold: reads begin early, and the loader warms each batch, or not."""
-    monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, start, size, ids: not len(ids))
+    monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size: not len(places))
     warmed, original = [], FileTable.warm
     monkeypatch.setattr(FileTable, "warm", lambda self, rows: (warmed.append(rows), original(self, rows))[1])
     host = train("host", eval_every=0)
