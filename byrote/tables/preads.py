@@ -23,6 +23,7 @@ import numpy as np
 from byrote.compiled import numba_is_there
 
 THREADS = 8  # a thread's reads are all under way at once
+LEAST = 16  # records for which a thread is worth its start: all reads of one thread are under way at once in any case
 RUN_BYTES = 1 << 20  # of neighbours in one read
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
@@ -31,7 +32,7 @@ def read(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray, threa
     """Ids int64, unique and ascending; `out` uint8 [U, size], contiguous. The caller has checked the ids."""
     assert out.dtype == np.uint8 and out.shape == (len(ids), size) and out.flags.c_contiguous
     one = _read_compiled if numba_is_there() and NOWAIT is not None else read_twin
-    spread(lambda part: one(fd, start, size, ids[part], out[part]), len(ids), threads)
+    spread(lambda part: one(fd, start, size, ids[part], out[part]), len(ids), min(threads, -(-len(ids) // LEAST)))
 
 
 def spread(call: Callable[[slice], Any], count: int, threads: int) -> None:
