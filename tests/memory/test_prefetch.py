@@ -278,3 +278,23 @@ def test_warming_a_batch_takes_the_rows_of_its_forward(monkeypatch):
     assert len(warmed) == 2 and all(torch.equal(rows, t.rows) for rows, t in zip(warmed, tickets.values(), strict=True))
     read, waited = stack.read_times()
     assert read > 0 and waited == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_every_table_is_read_early():
+    memory = Memory(RamTable(ROWS, WIDTH, digest="", std=1.0))
+    rows = rows_of(2, 5, 3)
+    memory.cuda()
+    dropped, ticket = memory.ticket(rows.cuda() + 0), memory.ticket(rows.cuda())
+    assert dropped.reading is not None and ticket.reading is not None
+    values, again = ticket.wait(), ticket.wait()
+    expected = memory.table.read(rows).flatten(-2)
+    assert values.is_cuda and torch.equal(values.cpu(), expected) and torch.equal(again.cpu(), expected)
+    values.sum().backward()
+    touched, gradient = memory.lookup.pending.take()
+    assert torch.equal(touched.cpu(), rows.unique()) and gradient.is_cuda
+    late = memory.ticket(rows.cuda())
+    late.reading._job.result()
+    memory.table.write(torch.arange(ROWS), torch.ones(ROWS, WIDTH))
+    assert torch.equal(late.wait().cpu(), torch.ones(2, 5, 3 * WIDTH))
