@@ -10,6 +10,7 @@ from rich.table import Table
 
 # A parameter belongs to the first part whose mark is in its name.
 PARTS = {
+    "boundaries, pooling, reading of concepts": (".boundary.", ".up.", ".read.", ".beginning"),
     "connections of the streams, exit": ("_connection.", ".exit."),
     "embedding and head": ("embed_tokens", "lm_head"),
     "attention": (".attention.", ".self_attn."),
@@ -27,15 +28,15 @@ def info(
 ) -> None:
     """Show a model's parameters by part, its tables and addresses, and a run's checkpoints."""
     from byrote.cli.models import load, model_folder
-    from byrote.models.engram import EngramConfig
+    from byrote.models.configuration import MemoryConfig
 
     console = Console()
     found = model_folder(folder)
     model, _ = load(folder)
     console.print(f"{found}: {type(model).__name__}", highlight=False, soft_wrap=True)
     console.print(_parameters(model))
-    if isinstance(model.config, EngramConfig):
-        _engram(console, model)
+    if isinstance(model.config, MemoryConfig):
+        _ours(console, model)
     if found != folder:
         _run(console, folder)
     if config:
@@ -62,8 +63,8 @@ def _parameters(model: Any) -> Table:
     return table
 
 
-def _engram(console: Console, model: Any) -> None:
-    from byrote.models.engram.counts import count
+def _ours(console: Console, model: Any) -> None:
+    from byrote.models.families import count
 
     memories = model.model.memories
     if memories is not None:

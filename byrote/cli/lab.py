@@ -1,4 +1,4 @@
-"""`byrote lab`: studies. `byrote lab run`: recipes x values x seeds -> one table."""
+"""`byrote lab`: studies. `byrote lab run`: recipes x values x seeds -> one table. Others have files of their own."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,12 +6,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from byrote.cli.lab_mup import mup_check
+from byrote.cli.lab_scaling import dlcm_scaling
+
 lab = typer.Typer(no_args_is_help=True, help="Studies of several runs.")
 
 
 @lab.callback()
 def _lab() -> None:
     """Studies: several runs, one table."""
+
+
+for _verb in (dlcm_scaling, mup_check):
+    lab.command()(_verb)
 
 
 @lab.command()

@@ -14,6 +14,7 @@ from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
+from byrote.cli.segments import segments
 from byrote.cli.table import table
 from byrote.cli.train import train
 
@@ -44,7 +45,7 @@ def byrote() -> None:
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, generate, gates, info, conformance):
+for _verb in (demo, data, train, generate, gates, segments, info, conformance):
     app.command()(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

@@ -20,13 +20,13 @@ def load(folder: Path, placement: str = "host", cache: str | None = None) -> tup
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import byrote  # registers the model with the Auto classes
+    import byrote  # noqa: F401  registers the models with the Auto classes
 
     logging.disable_progress_bar()
     found = model_folder(folder)
     places: dict[str, Any] = {}
     if placement != "host" or cache is not None:
-        if not isinstance(AutoConfig.from_pretrained(found), byrote.EngramConfig):
+        if not getattr(AutoConfig.from_pretrained(found), "memory_layers", []):
             raise ValueError(f"--placement and --cache are for tables, and {folder} is a model without any")
         places = {"placement": placement, "cache": cache}
     return AutoModelForCausalLM.from_pretrained(found, **places).eval(), AutoTokenizer.from_pretrained(found)

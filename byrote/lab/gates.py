@@ -8,7 +8,6 @@ Shapes: gates [layers, T, streams].  Left out: padding and batches, one trace is
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -25,6 +24,7 @@ from rich.style import Style
 from rich.text import Text
 
 from byrote.lab.gates_page import PAGE
+from byrote.lab.page import fill
 from byrote.nn.engram import Engram
 
 FORMAT_VERSION = 1
@@ -162,6 +162,4 @@ def to_html(trace: GateTrace, title: str) -> str:
         "gates": [[[round(gate, 4) for gate in token] for token in layer] for layer in trace.gates.tolist()],
         "scale": trace.scale,
     }
-    # Inside a script element only "<" could end the data early.
-    written = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return PAGE.replace("{{title}}", html.escape(title)).replace("{{data}}", written)
+    return fill(PAGE, title, data)

@@ -7,26 +7,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}}</title>
 <style>
-:root {
-  color-scheme: light dark;
-  --page: #faf8f4; --card: #ffffff; --line: #e4dfd5; --ink: #22262b; --soft: #6c7178;
-  --closed: #eef3f1; --open: #00676d; --on-open: #ffffff; --accent: #00676d;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171a; --card: #1b1f24; --line: #2e343b; --ink: #e6e8ea; --soft: #98a0a8;
-    --closed: #23282e; --open: #f4b942; --on-open: #1a1405; --accent: #f4b942;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-main { max-width: 62rem; margin: 0 auto; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.05rem; margin: 0; }
-p { margin: 0; color: var(--soft); max-width: 46rem; }
+{{style}}
 .bar { display: flex; flex-wrap: wrap; gap: .75rem 1.75rem; align-items: center; margin: 1.5rem 0 1rem; }
 .choice { display: flex; align-items: center; gap: .5rem; color: var(--soft); font-size: .875rem; }
 .choice div { display: flex; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
@@ -41,10 +22,6 @@ button:focus-visible { outline: 2px solid var(--accent); outline-offset: -4px; }
 .legend i {
   width: 11rem; height: .8rem; border-radius: .4rem; border: 1px solid var(--line);
   background: linear-gradient(in oklab to right, var(--closed), var(--open));
-}
-section {
-  background: var(--card); border: 1px solid var(--line); border-radius: .9rem;
-  padding: 1.1rem 1.3rem 1.25rem; margin-bottom: 1.1rem;
 }
 .head { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: flex-end; margin-bottom: .9rem; }
 .head span, .lists h3, .lists li { font-variant-numeric: tabular-nums; }
@@ -69,13 +46,7 @@ section {
 .lists b { font-weight: 600; width: 3rem; flex: none; }
 .where { color: var(--soft); white-space: pre; overflow: hidden; text-overflow: ellipsis; min-width: 0; }
 .lists small { margin-left: auto; color: var(--soft); flex: none; }
-#tip {
-  position: fixed; z-index: 1; pointer-events: none;
-  max-width: 20rem; padding: .5rem .7rem; border-radius: .5rem;
-  background: var(--ink); color: var(--page); font-size: .8125rem; line-height: 1.45; white-space: pre-wrap;
-  font-variant-numeric: tabular-nums; box-shadow: 0 4px 16px rgb(0 0 0 / .25);
-}
-#tip[hidden], section[hidden] { display: none; }
+section[hidden] { display: none; }
 </style>
 </head>
 <body>

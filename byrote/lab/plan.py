@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from byrote.lab.controls import CONTROLS
-from byrote.models.engram.presets import PRESETS
+from byrote.models.families import PRESETS
 from byrote.train.config import Recipe
 
 SEEDED = ("train.seed", "model.memory_seed")

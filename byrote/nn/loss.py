@@ -16,13 +16,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum over targets [B, T] of the cross-entropy of head(hidden [B, T, d]), without logits if head is a matrix."""
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
+    return plain_cross_entropy(head(hidden).flatten(0, 1), targets.flatten())  # an adapter's, for one
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Recipes: a TOML file -> frozen dataclasses. Unknown keys are errors that name the nearest one.
 
-    [model]  preset, and any field of EngramConfig      [data]  what to read       [train]  how to train
+    [model]  preset, and any field of its config        [data]  what to read       [train]  how to train
 
 `key.path=value` overrides one key, with a TOML value: model.hidden_size=96 data.corpus="prose"
 train.steps=200 (a bare word that is no TOML value is taken as a string).
@@ -158,7 +158,7 @@ class Recipe:
             if not isinstance(section, dict):
                 raise ValueError(f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE")
         model = dict(content.get("model", {}))
-        _check(model, ("preset", *model_fields()), "model.")
+        _check(model, ("preset", *model_fields(model.get("preset", ModelRecipe.preset))), "model.")
         parts = {name: _section(kind, content.get(name, {}), name) for name, kind in _SECTIONS.items()}
         return cls(ModelRecipe(model.pop("preset", ModelRecipe.preset), model), **parts)
 
@@ -173,11 +173,11 @@ class Recipe:
 _SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}
 
 
-def model_fields() -> list[str]:
-    """The fields of EngramConfig that a recipe may set; those of the vocabulary come from the tokenizer."""
-    from byrote.models.engram import EngramConfig
+def model_fields(preset: str) -> list[str]:
+    """The fields of the preset's config that a recipe may set; those of the vocabulary come from the tokenizer."""
+    from byrote.models.families import config_class
 
-    names = list(inspect.signature(EngramConfig).parameters)
+    names = list(inspect.signature(config_class(preset)).parameters)
     return [name for name in names if name not in ("kwargs", "vocabulary", "address", "vocab_size")]
 
 

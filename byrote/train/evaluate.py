@@ -32,6 +32,7 @@ class Score:
     loss: float  # nats per token
     bits_per_byte: float | None  # None where only a part was evaluated
     tokens: int
+    tokens_per_concept: float | None = None  # of models with concepts
 
 
 def loss_options(model: nn.Module) -> dict[str, bool]:
@@ -54,18 +55,21 @@ def evaluate(model: nn.Module, validation: Validation, precision: str = "float32
         every = max(1, whole // batches)
         selected = itertools.islice(selected, 0, every * batches, every)
     nats, tokens = 0.0, 0
+    read, concepts = 0, 0
     while shared := list(itertools.islice(selected, world)):
         # As many forwards on every rank: sharded tables are read by all together.
         batch = shared[rank if rank < len(shared) else 0]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = float(model(**on_device, **options, num_items_in_batch=1, use_cache=False).loss)
+            outputs = model(**on_device, **options, num_items_in_batch=1, use_cache=False)
         if rank < len(shared):
-            nats, tokens = nats + loss, tokens + predicted(batch)
+            nats, tokens = nats + float(outputs.loss), tokens + predicted(batch)
+            if outputs.get("boundaries") is not None:
+                read, concepts = read + batch["input_ids"].numel(), concepts + int(outputs.boundaries.sum())
     if world > 1:
-        total = torch.tensor([nats, tokens], dtype=torch.float64, device=device)
+        total = torch.tensor([nats, tokens, read, concepts], dtype=torch.float64, device=device)
         dist.all_reduce(total)
-        nats, tokens = float(total[0]), int(total[1])
+        nats, (tokens, read, concepts) = float(total[0]), (int(count) for count in total[1:])
     model.train(training)
     bits = nats / math.log(2) / validation.bytes if tokens == validation.data.predicted else None
-    return Score(nats / max(1, tokens), bits, tokens)
+    return Score(nats / max(1, tokens), bits, tokens, read / concepts if concepts else None)

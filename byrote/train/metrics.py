@@ -7,7 +7,7 @@ With tables in files also "read_seconds", what reads of tables took since the pr
 share of that for which no step waited.
 
 "loss" is of the next token, and comparable with "val_loss"; a model with prediction modules has their loss, unweighted,
-as "mtp_loss" beside it.
+as "mtp_loss" beside it, one with concepts "tokens_per_concept", as drawn, and "val_tokens_per_concept", by threshold.
 """
 
 import json

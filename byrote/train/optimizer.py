@@ -37,6 +37,7 @@ from byrote.tables.rules import update_rows
 from byrote.tables.sharded import ShardedTable
 from byrote.train.guards import Guards
 from byrote.train.muon import Muon
+from byrote.train.mup import MuP
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -45,7 +46,7 @@ class Optimizer(torch.optim.Optimizer):
     `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
     one row's gradient. `row_rule`: adam, adagrad or sinkhorn (`byrote.tables.rules`). `router_bias_rate`: step of the
     loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the rule of the hidden matrices, AdamW's where there is
-    none; `muon_rate`: their rate as a multiple of `lr`.
+    none; `muon_rate`: their rate as a multiple of `lr`. `mup`: rates and eps by width, of a model with `mup_groups`.
 
     After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
     """
@@ -66,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         router_bias_rate: float = 0.001,
         muon: Muon | None = None,
         muon_rate: float = 1.0,
+        mup: MuP | None = None,
     ) -> None:
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
@@ -94,7 +96,10 @@ class Optimizer(torch.optim.Optimizer):
             groups.append({**group, "blocks": count})
         anchored = [m.anchor for m in self.memories]
         groups.append({"kind": "rows", "params": anchored, "lr": row_rate * lr, "weight_decay": 0.0})
-        super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": betas, "eps": eps})
+        groups = [group for group in groups if group["params"]]
+        if mup is not None:
+            groups = mup.split(groups, model, eps)
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -136,13 +141,13 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the model first. ValueError where this state belongs to other tables, or to another moment of them."""
         saved_kinds, kinds = (
-            [(group["kind"], group.get("blocks")) for group in groups]
+            [(group["kind"], group.get("blocks"), group.get("mup")) for group in groups]
             for groups in (state_dict["param_groups"], self.param_groups)
         )
         if saved_kinds != kinds:
             raise ValueError(
-                f"the optimizer state was saved with groups of (kind, blocks) {saved_kinds}, this one has {kinds}: "
-                "make the optimizer with the same `muon` and the same parameters frozen"
+                f"the optimizer state was saved with groups (kind, blocks, mup) {saved_kinds}, this one has {kinds}: "
+                "make the optimizer with the same `muon` and `mup`, and the same parameters frozen"
             )
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         index = {id(parameter): i for i, parameter in enumerate(order)}

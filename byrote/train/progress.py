@@ -40,6 +40,8 @@ class Live:
             self.console.print(f"{self.name} step {step}: validation loss {record['val_loss']:.4f}{bits}")
             return
         facts = f"loss {record['loss']:.3f} lr {record['lr']:.1e} {record['tokens_per_second']:,.0f} tok/s"
+        if record.get("tokens_per_concept"):
+            facts += f" {record['tokens_per_concept']:.2f} tok/concept"
         if record.get("rows_touched"):
             facts += f" {record['rows_touched']:,} rows"
         self.bar.update(self.task, completed=step, facts=facts)

@@ -20,13 +20,14 @@ from byrote.data.loader import Loader
 from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
-from byrote.models.engram import EngramConfig, EngramForCausalLM
+from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.train import filetables
 from byrote.train.checkpoint import align, checkpoints, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
+from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.trainer import Result, Trainer
@@ -35,16 +36,16 @@ from byrote.train.trainer import Result, Trainer
 FREE = {"checkpoint_every", "keep", "log_every", "max_seconds", "read_ahead", "prompt", "sample_tokens"}
 
 
-def config_of(recipe: Recipe, tokenizer: Any) -> EngramConfig:
+def config_of(recipe: Recipe, tokenizer: Any) -> Config:
     """The model's config: the preset, the recipe's overrides, and what follows from the tokenizer."""
     pad, bos, eos = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     specials = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "memory_pad_token_id": pad}
-    return EngramConfig.from_preset(
+    return config_class(recipe.model.preset).from_preset(
         recipe.model.preset, vocabulary=compress(tokenizer), **{**specials, **recipe.model.overrides}
     )
 
 
-def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
+def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
     settings = recipe.train
     return Optimizer(
         model,
@@ -57,6 +58,7 @@ def build_optimizer(recipe: Recipe, model: EngramForCausalLM) -> Optimizer:
         router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
+        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 
@@ -100,12 +102,14 @@ def make_trainer(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     tokenizer = load_tokenizer(data / "tokenizer")
+    config = config_of(recipe, tokenizer)
     if checkpoint:
-        model = EngramForCausalLM.from_pretrained(checkpoint, placement=settings.placement)
+        model = model_class(config).from_pretrained(checkpoint, placement=settings.placement)
         align(model)
     else:
         torch.manual_seed(settings.seed)
-        model = EngramForCausalLM(config_of(recipe, tokenizer), compress(tokenizer))
+        model = model_class(config)(config, compress(tokenizer))
+        torch.manual_seed(settings.seed + rank())  # each process draws boundaries of its own
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()
@@ -120,7 +124,7 @@ def make_trainer(
         settings.micro_batch_size or settings.batch_size,
         recipe.data.length,
     )
-    stack = model.memory_stack
+    stack = getattr(model, "memory_stack", None)
 
     def warm(batch: Batch) -> None:
         if stack is not None:

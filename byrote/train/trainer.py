@@ -4,7 +4,9 @@
     each micro-batch: loss = sum of its nats / (N / world), backward; DDP then averages over the processes
     clip the norm of the dense gradient; optimizer.step(); schedule
 
-so the gradient is that of the mean over N tokens, however the rows were split. Nothing depends on the
+so the gradient is that of the mean over N tokens, however the rows were split. Where concepts are learned, the loss
+that holds their rate needs the boundaries of the whole step; with several micro-batches the encoder runs once more to
+draw them first (byrote.nn.boundary). Nothing depends on the
 clock (unless `max_seconds` is set), and all randomness is in the checkpoint: a resumed run equals the
 uninterrupted one to the last bit.
 """
@@ -77,6 +79,7 @@ class Trainer:
         config = model.config
         # Other models' configs may name prediction modules too, but their forward knows no weight.
         self.predicts = hasattr(config, "mtp_loss_weight") and config.num_nextn_predict_layers > 0
+        self.pools = getattr(config, "num_concept_layers", 0) > 0
         self.schedule = schedule(optimizer, recipe)
         self.step, self.seconds = 0, 0.0
         self.signals = Signals()
@@ -165,6 +168,9 @@ class Trainer:
         if self.predicts:
             options["mtp_loss_weight"] = weight
         parts = self._micro_batches(batch)
+        if self.pools and len(parts) > 1:
+            options["boundary_counts"] = self._draw_boundaries(parts)
+        boundaries = torch.zeros((), device=self.device)
         for i, part in enumerate(parts):
             with self._no_exchange() if i < len(parts) - 1 else contextlib.nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
@@ -175,10 +181,14 @@ class Trainer:
             if self.predicts:
                 further += outputs.mtp_loss
                 total -= weight * outputs.mtp_loss
-        losses = torch.stack([total, further])
+            if self.pools:
+                boundaries += outputs.boundaries.sum()
+                if outputs.parser_loss is not None:
+                    total -= self.model.config.boundary_weight * outputs.parser_loss
+        sums = torch.stack([total, further, boundaries])
         if self.world > 1:
-            dist.all_reduce(losses)
-        loss, mtp_loss = (losses / self.world).tolist()
+            dist.all_reduce(sums)
+        loss, mtp_loss, concepts = (sums / self.world).tolist()
         clip = self.recipe.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         if not math.isfinite(norm):
@@ -193,7 +203,7 @@ class Trainer:
         self.step += 1
         took = time.perf_counter() - began
         self.seconds += took
-        self._log(loss, mtp_loss, float(rates[0]), norm, took)
+        self._log(loss, mtp_loss, concepts * self.world, float(rates[0]), norm, took)
         return (self.signals.noted or "a signal") if stopped else BUDGET if overdue else ""
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -201,6 +211,19 @@ class Trainer:
         size = self.recipe.micro_batch_size or rows
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return [{name: tensor[at : at + size] for name, tensor in moved.items()} for at in range(0, rows, size)]
+
+    def _draw_boundaries(self, parts: list[Batch]) -> torch.Tensor:
+        """Give each part its boundaries; how many there are in the step, and of how many tokens, over the processes."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for part in parts:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+                part["boundaries"], own = self.model.choose_boundaries(
+                    **{name: tensor for name, tensor in part.items() if name != "labels"}
+                )
+            counts += own
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return counts / self.world
 
     def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self.parallel, DistributedDataParallel):
@@ -210,7 +233,7 @@ class Trainer:
     def _overdue(self) -> bool:
         return 0 < self.recipe.max_seconds < self.seconds
 
-    def _log(self, loss: float, mtp_loss: float, rate: float, norm: float, took: float) -> None:
+    def _log(self, loss: float, mtp_loss: float, concepts: float, rate: float, norm: float, took: float) -> None:
         if self.rank:
             return
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
@@ -218,6 +241,8 @@ class Trainer:
         if self.predicts:
             record["mtp_loss"] = mtp_loss
         packer = self.loader.packer
+        if concepts:
+            record["tokens_per_concept"] = round(packer.batch_size * packer.length / concepts, 4)
         record["tokens_per_second"] = round(packer.batch_size * packer.length / took, 1)
         for name in ("rows_touched", "max_violation"):
             if hasattr(self.optimizer, name):
@@ -235,6 +260,8 @@ class Trainer:
             record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
             record |= {"seconds": round(self.seconds, 3), "val_loss": score.loss}
             record["bits_per_byte"] = score.bits_per_byte
+            if score.tokens_per_concept:
+                record["val_tokens_per_concept"] = round(score.tokens_per_concept, 4)
             self.metrics.write(**record)
             self.report(record)
         return score

@@ -20,7 +20,16 @@ from byrote.lab import demo
 from byrote.models.engram.counts import Counts
 
 VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance", "lab", "table"]
-SECOND = ["lab run", "table stats", "table bench", "table info", "table verify", "table convert"]
+SECOND = [
+    "lab run",
+    "lab dlcm-scaling",
+    "lab mup-check",
+    "table stats",
+    "table bench",
+    "table info",
+    "table verify",
+    "table convert",
+]
 WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905
 ROOT = Path(__file__).parents[2]
 

@@ -176,7 +176,7 @@ def test_a_step_of_muon():
 def test_state_of_other_kinds_is_refused():
     """The groups may have the same sizes; torch would take over the kinds."""
     saved = Optimizer(make()).state_dict()
-    with pytest.raises(ValueError, match="make the optimizer with the same `muon`"):
+    with pytest.raises(ValueError, match="make the optimizer with the same `muon` and `mup`"):
         Optimizer(make(), muon=Muon()).load_state_dict(saved)
 
 

@@ -12,25 +12,12 @@ modules are trained with the rest and counted here, each with its own pass throu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from byrote.models.counts import Counts
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.modeling import EngramForCausalLM
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, and floating-point operations of training on one token."""
-
-    total: int
-    active: int
-    table: int
-    experts: int
-    prediction: int
-    flops_per_token: int
 
 
 def count(config: EngramConfig, sequence_length: int = 256) -> Counts:

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from transformers.generation import CandidateGenerator, LogitsProcessorList
 
 from byrote.memory import MemoryState, Sequence
-from byrote.models.engram.block import BlockOutput
+from byrote.models.block import BlockOutput
 from byrote.nn.mtp import PredictionModule
 from byrote.nn.rope import rotary
 

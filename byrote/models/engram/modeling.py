@@ -20,22 +20,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from byrote.address.hashing import check_known
-from byrote.address.vocabulary import vocabulary_digest
-from byrote.memory import MemoryStack, MemoryState, Sequence
-from byrote.memory.sequence import NO_POSITION
+from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
-from byrote.models.engram.block import BlockOutput, EngramBlock
+from byrote.models.block import BlockOutput, exit_of, record
+from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
-from byrote.models.engram.inputs import check_ids, check_labels, check_places
-from byrote.models.engram.outputs import EngramOutput, Prediction, head_loss, mtp_loss
+from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
 from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.nn.engram import Engram
-from byrote.nn.hyper import GatedExit, MeanExit
+from byrote.models.inputs import check_ids, check_labels, check_places
+from byrote.models.memories import make_memories, memory_fields
+from byrote.models.place import length, place
+from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.rope import rotary
-from byrote.tables import RamTable
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -44,43 +43,17 @@ class EngramModel(EngramPreTrainedModel):
     def __init__(self, config: EngramConfig, vocabulary: np.ndarray | None = None) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.memories = self._make_memories(config, vocabulary)
+        self.memories = make_memories(config, vocabulary)
         self.layers = nn.ModuleList([EngramBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.exit = _exit(config)
+        self.exit = exit_of(config, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mtp = nn.ModuleList([_prediction_module(config, k) for k in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 
-    @staticmethod
-    def _make_memories(config: EngramConfig, vocabulary: np.ndarray | None) -> MemoryStack | None:
-        spec = config.spec
-        if spec is None:
-            return None
-        identity = np.arange(config.vocab_size)
-        if vocabulary is None and vocabulary_digest(identity) == spec.vocabulary_digest:
-            vocabulary = identity
-
-        def make_table(num_rows: int, layer_id: int) -> RamTable:
-            return RamTable(
-                num_rows,
-                config.memory_row_width,
-                digest=spec.digest,
-                std=config.memory_initializer_range,
-                seed=config.memory_seed + layer_id,
-                codec=config.memory_codec,
-            )
-
-        return MemoryStack(spec, vocabulary, make_table)
-
     def memory_fields(self) -> dict[str, Field]:
         """The tails that a decode state of this model holds."""
-        fields = {} if self.memories is None else self.memories.fields()
-        for layer in self.layers:
-            if isinstance(layer.memory, Engram) and layer.memory.tail_length:
-                width = layer.memory.num_streams * self.config.hidden_size
-                fields[f"convolution.{layer.layer_id}"] = Field(layer.memory.tail_length, (width,), dtype=None)
-        return fields
+        return memory_fields(self.memories, self.layers)
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
@@ -115,12 +88,12 @@ class EngramModel(EngramPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = _length(past_key_values)
+        past = length(past_key_values)
         check_places(input_ids, attention_mask, position_ids, int(past))
         state = None if past_key_values is None else self.attach_memory_state(past_key_values)
         if state is not None:
             state.begin(input_ids.shape[0], self.embed_tokens.weight.dtype, input_ids.device)
-        sequence, mask = self._place(input_ids, attention_mask, position_ids, past, past_key_values, state)
+        sequence, mask = place(input_ids, attention_mask, position_ids, past, past_key_values, state)
         if self.memories is None:
             tickets = {}
             check_known(input_ids, self.config.vocab_size, sequence.alive)
@@ -150,7 +123,7 @@ class EngramModel(EngramPreTrainedModel):
             hidden_states.append(streams)
             if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
-            _record(layer, output, balance)
+            record(layer, output, balance)
         result = BaseModelOutputWithPast(
             last_hidden_state=self.norm(self.exit(streams)),
             past_key_values=past_key_values if use_cache else None,
@@ -182,40 +155,9 @@ class EngramModel(EngramPreTrainedModel):
             hidden, output = module(shift(embeddings, k), streams, angles, mask, placed)
             output = BlockOutput(*output)
             streams = output.streams
-            _record(module.block, output, balance)
+            record(module.block, output, balance)
             predictions.append(Prediction(hidden, aimed))
         return predictions
-
-    def _place(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past: int | Tensor,
-        cache: Cache | None,
-        state: MemoryState | None,
-    ) -> tuple[Sequence, Tensor | None]:
-        """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal)."""
-        batch, steps = input_ids.shape
-        known = int(past) + steps
-        plain = attention_mask is None and position_ids is None and cache is None
-        key_alive = (
-            torch.ones(batch, known, dtype=torch.bool, device=input_ids.device)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        last_position = input_ids.new_full((batch, 1), NO_POSITION)
-        last_document = torch.zeros_like(last_position)
-        if state is not None:
-            last_position, last_document = state.tails["position"], state.tails["document"]
-        if position_ids is None:  # the document goes on
-            position_ids = (last_position.clamp_min(-1) + key_alive[:, -steps:].cumsum(dim=1)).clamp_min(0)
-        position_ids = position_ids.expand(batch, -1)
-        sequence = Sequence.place(position_ids, key_alive[:, -steps:], past, last_position, last_document)
-        if plain:
-            return sequence, None
-        slots = max(known, cache.get_max_length(0)) if cache is not None else known
-        return sequence, sequence.mask(past, nn.functional.pad(key_alive, (0, slots - known)))
 
 
 class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
@@ -301,36 +243,15 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         )
 
 
-def _exit(config: EngramConfig) -> GatedExit | MeanExit:
-    if config.num_streams > 1 and config.stream_connection == "mhc":
-        return GatedExit(config.hidden_size, config.num_streams, norm_eps=config.rms_norm_eps)
-    return MeanExit()
-
-
 def _prediction_module(config: EngramConfig, k: int) -> PredictionModule:
     block = EngramBlock(config, config.num_hidden_layers + k)
-    return PredictionModule(config.hidden_size, block, _exit(config), eps=config.rms_norm_eps)
-
-
-def _record(block: Any, output: BlockOutput, balance: list[Tensor]) -> None:
-    if output.counts is not None:
-        block.experts.router.record(output.counts)
-    if output.balance_loss is not None:
-        balance.append(output.balance_loss)
+    return PredictionModule(config.hidden_size, block, exit_of(config, config.hidden_size), eps=config.rms_norm_eps)
 
 
 def _same_document(sequence: Sequence, steps: int) -> Tensor:
     """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
     alive = sequence.alive & shift(sequence.alive, steps, empty=False)
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
-
-
-def _length(cache: Cache | None) -> int | Tensor:
-    """Slots taken; a static cache counts in a tensor that it changes in place."""
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    return length.clone() if isinstance(length, Tensor) else length
 
 
 def _attention_cache(cache: Cache | None, layer: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from byrote.nn.loss import linear_cross_entropy, plain_cross_entropy
+from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
 
 
@@ -27,13 +27,6 @@ class Prediction(NamedTuple):
 
     hidden: Tensor
     aimed: Tensor
-
-
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum over targets [B, T] of the cross-entropy of head(hidden [B, T, d]), without logits if head is a matrix."""
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
-    return plain_cross_entropy(head(hidden).flatten(0, 1), targets.flatten())  # an adapter's, for one
 
 
 def mtp_loss(head: nn.Module, predictions: Iterable[Prediction], labels: Tensor, total: Tensor | int) -> Tensor:

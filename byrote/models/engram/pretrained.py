@@ -1,43 +1,23 @@
-"""What both classes share: initialization, and folders that hold a whole model.
-
-Tables are not parameters: `save_pretrained` and `from_pretrained` write and open them beside the backbone.
-"""
+"""What both Engram classes share: initialization, and what must stay in float32."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import cached_file
 
-from byrote.memory import MemoryStack
 from byrote.models.engram.configuration import EngramConfig
+from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.engram import Engram
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
-from byrote.tables import RamTable, Table
-from byrote.tables.cache import CachedTable, num_bytes
-from byrote.tables.checksums import write_sums
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
 
 
-class EngramPreTrainedModel(PreTrainedModel):
+class EngramPreTrainedModel(MemoryPreTrainedModel):
     config_class = EngramConfig
     config: EngramConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EngramBlock"]  # noqa: RUF012
-    _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "memory_connection",
         "attention_connection",
@@ -71,127 +51,3 @@ class EngramPreTrainedModel(PreTrainedModel):
             module.reset(init.copy_)
         if isinstance(module, Router):
             init.zeros_(module.selection_bias)
-
-    @property
-    def memory_stack(self) -> MemoryStack | None:
-        """All memories of the model; None without any."""
-        return self.base_model.memories  # type: ignore[return-value]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self.memory_stack is not None:
-            self.memory_stack.drop_pending()
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
-    ) -> None:
-        """Backbone, then tables, then the config: a folder with a config is complete.
-
-        `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
-        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
-        """
-        if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
-        folder, stack = Path(save_directory), self.memory_stack
-        if stack is not None and stack.sharded and dist.get_rank() > 0:
-            if tables:
-                stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
-            return
-        super().save_pretrained(folder, **kwargs)
-        if stack is None or not tables or not kwargs.get("is_main_process", True):
-            return
-        config, aside = folder / "config.json", folder / "config.json.tmp"
-        os.replace(config, aside)
-        stack.save_tables(folder)
-        for layer_id, _ in stack.items() if checksums else ():
-            write_sums(stack.table_path(folder, layer_id))
-        os.replace(aside, config)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        name: str | os.PathLike[str],
-        *args: Any,
-        placement: str = "host",
-        cache: int | str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The model with its tables open; ValueError where a table is missing, truncated or another model's.
-
-        `placement`: where the tables live; "host" is RAM, "file" leaves them in their files, to be read and not
-        trained. Either follows a checkpoint of a file-table run to the run's log. "sharded" spreads the rows over the
-        ranks of the process group, which all call it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of
-        tables in files that are read most, shared among the tables.
-        """
-        if placement not in ("host", "file", "sharded"):
-            raise ValueError(f"placement must be 'host' or 'file' or 'sharded', got {placement!r}")
-        if cache is not None and placement != "file":
-            raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
-            # transformers would go on with the default config.
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub: dict[str, Any] = {
-            key: kwargs[key]
-            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            if key in kwargs
-        }
-        model._open_tables(lambda file: _resolve(name, file, hub), placement)
-        if cache is not None and model.memory_stack is not None:
-            memories = [memory for _, memory in model.memory_stack.items()]
-            for memory in memories:
-                memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
-
-    def load_tables(self, folder: str | os.PathLike[str]) -> None:
-        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
-        sharded = self.memory_stack is not None and self.memory_stack.sharded
-        self._open_tables(lambda file: Path(folder) / file, "sharded" if sharded else "host")
-
-    def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
-        stack = self.memory_stack
-        if stack is None:
-            return
-        opened = []
-        for layer_id, memory in stack.items():
-            path = find(stack.table_path(Path(), layer_id).name)
-            rows = stack.spec.layer(layer_id).rows
-            table = _open_table(path, placement, rows, self.config.memory_row_width, stack.spec.digest)
-            if int(memory.generation) != table.generation:
-                raise ValueError(
-                    f"{path}: generation {table.generation}, the backbone was saved with "
-                    f"{int(memory.generation)}: take both from one save_pretrained"
-                )
-            opened.append((memory, table))
-        for memory, table in opened:  # all or none
-            memory.table = table
-        if placement == "sharded":
-            stack.shard()
-
-    def save_row_state(self, folder: str | os.PathLike[str]) -> None:
-        """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
-        if self.memory_stack is not None:
-            self.memory_stack.save_row_state(Path(folder))
-
-    def load_row_state(self, folder: str | os.PathLike[str]) -> None:
-        """Read back what `save_row_state` wrote."""
-        if self.memory_stack is not None:
-            self.memory_stack.load_row_state(Path(folder))
-
-
-def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: str) -> Table:
-    """The table in `path`, or the one that the pointer beside it names."""
-    pointer = path.with_suffix(".json")
-    if pointer.is_file():
-        logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
-        return logged if placement == "file" else logged.in_memory()
-    opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
-    return opened.open(path, num_rows=num_rows, width=width, digest=digest)
-
-
-def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
-    """`file` of a folder, or of a repository on the hub."""
-    if os.path.isdir(name):
-        return Path(name, hub.get("subfolder") or "", file)
-    return Path(str(cached_file(str(name), file, **hub)))

@@ -1,0 +1,12 @@
+"""Dynamic large concept models, and the plain Llama that they are compared with; registered with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from byrote.models.dlcm.configuration import DLCMConfig
+from byrote.models.dlcm.modeling import DLCMForCausalLM, DLCMModel
+
+AutoConfig.register("byrote_dlcm", DLCMConfig)
+AutoModel.register(DLCMConfig, DLCMModel)
+AutoModelForCausalLM.register(DLCMConfig, DLCMForCausalLM)
+
+__all__ = ["DLCMConfig", "DLCMForCausalLM", "DLCMModel"]

@@ -1,0 +1,94 @@
+"""What both DLCM classes share: initialization, and the groups of decoupled muP.
+
+muP (2512.24617 section 6.1, equations 18 to 21): with s = width / d_base, of tokens or of concepts, a hidden matrix
+starts at sigma / sqrt(s) and learns at rate / s; embeddings, gains and other vectors neither; logits are multiplied by
+1 / s_token. The paper does not say which matrix belongs to which width. Here it is that of what the matrix reads: W_up
+and the boundary's matrices are of the tokens, keys and values that tokens read of the concepts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from byrote.models.dlcm.concepts import ConceptStage
+from byrote.models.dlcm.configuration import DLCMConfig
+from byrote.models.pretrained import MemoryPreTrainedModel
+from byrote.nn.boundary import BoundaryHead
+from byrote.nn.engram import Engram
+from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
+from byrote.nn.moe import Experts
+from byrote.nn.router import Router
+
+CONCEPT_SIDE = ("concepts.layers.", "concepts.read.k_proj.", "concepts.read.v_proj.")
+EMBEDDINGS = ("embed_tokens.", "lm_head.")
+
+
+class DLCMPreTrainedModel(MemoryPreTrainedModel):
+    config_class = DLCMConfig
+    config: DLCMConfig
+    _no_split_modules = ["TokenBlock", "ConceptBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "boundary",
+        "attention_connection",
+        "experts_connection",
+        "exit",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The whole initialization; std = `initializer_range`, under muP divided by the root of s for hidden matrices.
+
+        linear, embedding, router, experts   N(0, std^2)
+        the boundary's two matrices          the same orthonormal one (byrote.nn.boundary)
+        what a document begins with          N(0, std^2), if anything
+        biases, convolution                  0
+        all gains                            1
+        connections, exits                   the plain residual (byrote.nn.hyper)
+        """
+        std = self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up, mean=0.0, std=std)
+            init.normal_(module.down, mean=0.0, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Engram):
+            module.reset_gains(init)
+        elif isinstance(module, HyperConnection | ManifoldConnection | GatedExit):
+            module.reset(init.copy_)
+        elif isinstance(module, BoundaryHead) and module.query is not None and module.key is not None:
+            start = module.start()
+            init.copy_(module.query.weight, start)
+            init.copy_(module.key.weight, start)
+        elif isinstance(module, ConceptStage) and module.beginning is not None:
+            init.normal_(module.beginning, mean=0.0, std=std)
+        if isinstance(module, Router):
+            init.zeros_(module.selection_bias)
+
+    def mup_groups(self) -> dict[str, tuple[str, float]]:
+        """Of each parameter: "embedding", "token", "concept" or "others", and its s (1 for embedding and others)."""
+        groups = {}
+        for name, parameter in self.named_parameters():
+            if any(part in name for part in EMBEDDINGS):
+                groups[name] = ("embedding", 1.0)
+            elif (
+                parameter.dim() < 2 or "_connection." in name or ".exit." in name or "_gain" in name or "conv_" in name
+            ):
+                groups[name] = ("others", 1.0)
+            elif any(part in name for part in CONCEPT_SIDE):
+                groups[name] = ("concept", self.config.concept_scale)
+            else:
+                groups[name] = ("token", self.config.token_scale)
+        return groups
+
+    def _mark_scales(self) -> None:
+        """Tell each module the s that its matrices start with."""
+        scales = {name.rpartition(".")[0]: scale for name, (_, scale) in self.mup_groups().items()}
+        for name, module in self.named_modules():
+            if scales.get(name, 1.0) != 1.0:
+                module.mup_scale = scales[name]

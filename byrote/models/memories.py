@@ -1,0 +1,48 @@
+"""The memories of a model as its config describes them, and what a decode state must hold for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from torch import nn
+
+from byrote.address.vocabulary import vocabulary_digest
+from byrote.memory import MemoryStack
+from byrote.memory.state import Field
+from byrote.models.block import Block
+from byrote.models.configuration import MemoryConfig
+from byrote.nn.engram import Engram
+from byrote.tables import RamTable
+
+
+def make_memories(config: MemoryConfig, vocabulary: np.ndarray | None) -> MemoryStack | None:
+    spec = config.spec
+    if spec is None:
+        return None
+    identity = np.arange(config.vocab_size)
+    if vocabulary is None and vocabulary_digest(identity) == spec.vocabulary_digest:
+        vocabulary = identity
+
+    def make_table(num_rows: int, layer_id: int) -> RamTable:
+        return RamTable(
+            num_rows,
+            config.memory_row_width,
+            digest=spec.digest,
+            std=config.memory_initializer_range,
+            seed=config.memory_seed + layer_id,
+            codec=config.memory_codec,
+        )
+
+    return MemoryStack(spec, vocabulary, make_table)
+
+
+def memory_fields(memories: MemoryStack | None, layers: Iterable[nn.Module]) -> dict[str, Field]:
+    """The tails of the memories and of their short convolutions."""
+    fields = {} if memories is None else memories.fields()
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, Block)
+        if isinstance(layer.memory, Engram) and layer.memory.tail_length:
+            width = layer.memory.num_streams * layer.memory.hidden_size
+            fields[f"convolution.{i}"] = Field(layer.memory.tail_length, (width,), dtype=None)
+    return fields
