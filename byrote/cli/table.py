@@ -86,7 +86,8 @@ def stats(
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small tables: seconds, not minutes.")] = False,
     folder: Annotated[
-        Path | None, typer.Option(help="Read a file of 10 GB too (quick: 0.3 GB), made here, then deleted.")
+        Path | None,
+        typer.Option(help="Read files of 10 GB too, and decode with them (quick: 0.3 GB); made here, then deleted."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here too.")] = None,
 ) -> None:
@@ -119,6 +120,12 @@ def bench(
         console.print("rows out of a file: not measured, give a --folder with 12 GB of space")
     elif not engramdb_is_there():
         console.print("engramdb-python: not installed, so there are no rows against it")
+    memory = None
+    if folder is not None:
+        from byrote.lab.decode_bench import decode_memory, memory_line
+
+        memory = decode_memory(Options(quick, folder=folder))
+        console.print(memory_line(memory), highlight=False)
     for size in sizes:
         console.print(
             f"state of {size['rule']}: {size['bytes']:.3f} bytes for each {size['of each']} ({size['target']})",
@@ -126,5 +133,11 @@ def bench(
         )
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-        content = {"machine": machine, "quick": quick, "rows": [row.to_dict() for row in rows], "state": sizes}
+        content = {
+            "machine": machine,
+            "quick": quick,
+            "rows": [row.to_dict() for row in rows],
+            "state": sizes,
+            "decode": memory,
+        }
         json_file.write_text(json.dumps(content, indent=2) + "\n")

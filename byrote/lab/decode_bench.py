@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,6 @@ from byrote.tables.ram import FORMAT_VERSION
 
 PROMPTS, PROMPT, TOKENS = 4, 16, 200
 SIZE, QUICK_SIZE = 10_000_000, 100_000  # rows of a head; 1,024 bytes each over 8 heads and both tables
-ANONYMOUS = "300 MB more than the backbone"
 
 
 def tiny(**fields: Any) -> EngramConfig:
@@ -144,6 +144,14 @@ def decode_memory(options: Options) -> dict[str, Any]:
                 found.append(int(re.findall(r"peak (\d+)", said)[0]))
     table_bytes = 512 * size
     return {"table_bytes": table_bytes, **{f"peak_{kind}": sorted(found) for kind, found in peaks.items()}}
+
+
+def memory_line(found: dict[str, Any]) -> str:
+    table, backbone = (statistics.median(found[f"peak_{kind}"]) / 1e6 for kind in ("table", "backbone"))
+    return (
+        f"peak of anonymous memory over {TOKENS} tokens of tiny, a table of {found['table_bytes'] / 1e9:.1f} GB in its "
+        f"file: {table:.0f} MB; the backbone alone: {backbone:.0f} MB (goal: at most 300 MB more)"
+    )
 
 
 def write_hole(path: Path, table: Any) -> None:

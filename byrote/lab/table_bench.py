@@ -251,6 +251,9 @@ def run(options: Options) -> Iterator[Row]:
             from byrote.lab.file_bench import bench_files
 
             yield from bench_files(options)
+            from byrote.lab.decode_bench import bench_decode
+
+            yield from bench_decode(options)
     finally:
         torch.set_num_threads(threads)
 

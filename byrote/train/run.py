@@ -124,7 +124,7 @@ def make_trainer(
         settings.micro_batch_size or settings.batch_size,
         recipe.data.length,
     )
-    stack = model.memory_stack
+    stack = getattr(model, "memory_stack", None)
 
     def warm(batch: Batch) -> None:
         if stack is not None:

@@ -13,7 +13,7 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.memory import Memory, Sequence, prefetch
 from byrote.memory.prefetch import Times
 from byrote.memory.sequence import NO_POSITION
-from byrote.tables import RamTable, preads
+from byrote.tables import RamTable, rowsfile
 from byrote.tables.cache import CachedTable
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
@@ -222,13 +222,13 @@ def test_tables_tell_whether_rows_are_cold(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("most", [1, 10**6])
 def test_tables_warm_rows_and_change_nothing(path, tmp_path, monkeypatch, most):
     monkeypatch.setattr("byrote.tables.rowsfile.WARM_BYTES", most)
-    read, original = [], preads.read
+    read, original = [], rowsfile._Part._read
 
-    def noted(fd, start, size, ids, out):
-        read.extend(ids.tolist())
-        return original(fd, start, size, ids, out)
+    def noted(part, unique, records):
+        read.extend(unique.tolist())
+        return original(part, unique, records)
 
-    monkeypatch.setattr("byrote.tables.preads.read", noted)
+    monkeypatch.setattr(rowsfile._Part, "_read", noted)
     for name, table in tables_over(path, tmp_path).items():
         before = table.stats()
         read.clear()
@@ -278,3 +278,23 @@ def test_warming_a_batch_takes_the_rows_of_its_forward(monkeypatch):
     assert len(warmed) == 2 and all(torch.equal(rows, t.rows) for rows, t in zip(warmed, tickets.values(), strict=True))
     read, waited = stack.read_times()
     assert read > 0 and waited == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_every_table_is_read_early():
+    memory = Memory(RamTable(ROWS, WIDTH, digest="", std=1.0))
+    rows = rows_of(2, 5, 3)
+    memory.cuda()
+    dropped, ticket = memory.ticket(rows.cuda() + 0), memory.ticket(rows.cuda())
+    assert dropped.reading is not None and ticket.reading is not None
+    values, again = ticket.wait(), ticket.wait()
+    expected = memory.table.read(rows).flatten(-2)
+    assert values.is_cuda and torch.equal(values.cpu(), expected) and torch.equal(again.cpu(), expected)
+    values.sum().backward()
+    touched, gradient = memory.lookup.pending.take()
+    assert torch.equal(touched.cpu(), rows.unique()) and gradient.is_cuda
+    late = memory.ticket(rows.cuda())
+    late.reading._job.result()
+    memory.table.write(torch.arange(ROWS), torch.ones(ROWS, WIDTH))
+    assert torch.equal(late.wait().cpu(), torch.ones(2, 5, 3 * WIDTH))
