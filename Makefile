@@ -24,7 +24,8 @@ check: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
 # With the interpreter's own packages, PYTHON=python3, since a GPU machine may not be able to install any. First the
-# exactness suite, then the benchmarks in bfloat16, then three seeds of MoE against Engram at the size of one GPU.
+# exactness suite, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of concepts against a plain
+# model, at the size of one GPU.
 # A dry run on a CPU: make gpu DEVICE=cpu QUICK=1
 DEVICE ?= cuda
 OUT ?= runs/gpu
@@ -40,6 +41,10 @@ gpu:
 	for shape in tiny wide small; do \
 	    $(RUN) benchmarks/decode.py $(MEASURE) --shape $$shape --json $(OUT)/decode-$$shape.json || exit 1; done
 	$(RUN) benchmarks/small.py --device $(DEVICE) $(if $(QUICK),--quick) --out $(OUT)/small
+	for shape in tiny small; do \
+	    $(RUN) benchmarks/dlcm.py $(MEASURE) --shape $$shape --json $(OUT)/dlcm-$$shape.json || exit 1; done
+	$(RUN) benchmarks/concepts.py --shape $(if $(QUICK),tiny --quick --seeds 1,small) --device $(DEVICE) --jobs 1 \
+	    --out $(OUT)/concepts
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache runs data *.egg-info

@@ -2,8 +2,8 @@
 
     python benchmarks/concepts.py --out runs/concepts --jobs 2
 
-llama    recipes/llama-tiny.toml      the baseline, of the FLOPs per token that DLCM has at R = 4 (within 1 %, asserted)
-dlcm     recipes/dlcm-tiny.toml       at R = 2, 4, 8: one shape, so that only R = 4 costs what the baseline does
+llama    recipes/llama-SHAPE.toml     the baseline, of the FLOPs per token that DLCM has at R = 4 (within 1 %, asserted)
+dlcm     recipes/dlcm-SHAPE.toml      at R = 2, 4, 8: one shape, so that only R = 4 costs what the baseline does
 
 Losses per token, per second and per FLOP; the compression that came out, over training, against R; losses by the place
 in a concept. A run that is done is not run again (byrote/lab/runner.py). `OUT/report.json` has the numbers, `OUT/*.png`
@@ -36,6 +36,8 @@ from byrote.train.run import data_folder
 Folders = dict[tuple[str, int], Path]
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+QUICK = ["train.steps=3", "train.batch_size=2", "train.warmup=1", "train.eval_batches=1", "train.eval_every=0"]
+QUICK += ["data.length=64", "train.log_every=1"]
 TOLERANCE = 0.01  # of FLOPs per token
 LATE = 0.8  # the share of the steps behind which compression counts as that of the end
 
@@ -43,16 +45,20 @@ LATE = 0.8  # the share of the steps behind which compression counts as that of 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/concepts"))
+    parser.add_argument("--shape", choices=("tiny", "small"), default="tiny", help="minutes on a CPU, or for a GPU")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="three steps of small rows: does it run?")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--ratios", type=float, nargs="+", default=[4.0, 2.0, 8.0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
     parser.add_argument("--batches", type=int, default=40, help="of validation, for losses by place in a concept")
     args = parser.parse_args()
-    llama = plan([f"llama={RECIPES}/llama-tiny.toml"], args.set)
+    check_flops(args.shape)
+    settings = [f'train.device="{args.device}"', *(QUICK if args.quick else []), *args.set]
+    llama = plan([f"llama={RECIPES}/llama-{args.shape}.toml"], settings)
     ratios = ",".join(str(ratio) for ratio in args.ratios)
-    dlcm = plan([f"dlcm={RECIPES}/dlcm-tiny.toml"], [*args.set, f"model.compression_ratio={ratios}"])
-    check_flops(llama[0].recipe, dlcm)
+    dlcm = plan([f"dlcm={RECIPES}/dlcm-{args.shape}.toml"], [*settings, f"model.compression_ratio={ratios}"])
     results, failures = run_lab(
         [*llama, *dlcm],
         args.seeds,
@@ -70,10 +76,10 @@ def main() -> None:
     plots(report, args.out)
 
 
-def check_flops(baseline: Recipe, variants: list[Variant]) -> None:
-    """AssertionError unless DLCM at its recipe's own R costs what the baseline does."""
-    ours = Recipe.load(RECIPES / "dlcm-tiny.toml")
-    costs = [count(_config(recipe), recipe.data.length).flops_per_token for recipe in (ours, baseline)]
+def check_flops(shape: str) -> None:
+    """AssertionError unless the recipes of DLCM and of the baseline cost a token the same."""
+    recipes = [Recipe.load(RECIPES / f"{name}-{shape}.toml") for name in ("dlcm", "llama")]
+    costs = [count(_config(recipe), recipe.data.length).flops_per_token for recipe in recipes]
     assert abs(costs[0] / costs[1] - 1) <= TOLERANCE, costs
 
 

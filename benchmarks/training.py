@@ -24,6 +24,7 @@ from transformers import DeepseekV3ForCausalLM
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.interop.deepseek_v3 import to_deepseek_v3
 from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
+from byrote.train.allocator import keep_freed_memory
 from byrote.train.config import Recipe
 from byrote.train.evaluate import loss_options
 from byrote.train.optimizer import Optimizer
@@ -144,6 +145,7 @@ def main() -> None:
     made.add_argument("--only", choices=("transformers", "backbone"), help="one half of the comparisons")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as `byrote train` does; for all that are compared
     if options.quick:
         options.turns = 2
     lines = [] if options.only == "backbone" else against_transformers(options)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,11 @@ def run(
     """
     import torch
 
-    arrays = [x.detach().numpy() if isinstance(x, torch.Tensor) else x for x in (first, *others)]
+    arrays = [_numbers(x) if isinstance(x, torch.Tensor) else x for x in (first, *others)]
     tokens, threads = len(first) if tokens is None else tokens, torch.get_num_threads()
     if tokens < 64 * threads:
+        if not sums:  # a step of decoding, where every step on the way counts
+            return kernel(0, tokens, *arrays)
         threads = 1
     ends = [tokens * i // threads for i in range(threads + 1)]
     parts = [tensor.new_zeros(threads, *tensor.shape) for tensor in sums]
@@ -75,6 +77,10 @@ def run(
         list(_pool(threads).map(share, range(threads)))
     for total, part in zip(sums, parts, strict=True):
         torch.sum(part, 0, out=total)
+
+
+def _numbers(x: Tensor) -> Any:
+    return x.detach().numpy() if x.requires_grad else x.numpy()
 
 
 @cache

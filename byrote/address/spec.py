@@ -151,9 +151,9 @@ class AddressSpec:
         found = vocabulary_digest(vocabulary)
         if len(vocabulary) != self.vocab_size or found != self.vocabulary_digest:
             raise ValueError(
-                f"vocabulary has {len(vocabulary)} ids and digest {found}; the specification expects "
-                f"{self.vocab_size} ids and digest {self.vocabulary_digest}; "
-                "use the tokenizer that the tables were made with"
+                f"the vocabulary map has digest {found} and {len(vocabulary)} ids, the address spec was made for "
+                f"{self.vocabulary_digest} and {self.vocab_size}: pass the map of the tokenizer that the tables were "
+                "made with"
             )
 
     @property

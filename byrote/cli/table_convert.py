@@ -32,6 +32,8 @@ def convert(
     from byrote.tables.file import FileTable
 
     console = Console()
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder; give a table file, or the folder of a model or a run")
     if check is not None and source.is_file():
         raise ValueError("--check measures a whole model: give a model or run folder, not a table file")
     if source.is_file():

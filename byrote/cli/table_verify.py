@@ -37,8 +37,9 @@ def verify(
         where = f"block {damage.number:,}, bytes {damage.begin:,} to {damage.end - 1:,}"
         console.print(f"{where}: {rows or 'the header'}", highlight=False, soft_wrap=True)
     if len(damaged) > SHOWN:
-        console.print(f"and {len(damaged) - SHOWN:,} more blocks", highlight=False)
+        console.print(f"and {len(damaged) - SHOWN:,} more", highlight=False)
     if damaged:
-        console.print(f"{file}: {len(damaged):,} damaged blocks; copy it again", style="bold red", soft_wrap=True)
+        blocks = "1 damaged block" if len(damaged) == 1 else f"{len(damaged):,} damaged blocks"
+        console.print(f"{file}: {blocks}; copy it again", style="bold red", soft_wrap=True)
         raise typer.Exit(1)
     console.print(f"{file}: every block is as it was", highlight=False, soft_wrap=True)

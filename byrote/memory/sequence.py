@@ -31,6 +31,9 @@ class Sequence:
         cls, position_ids: Tensor, alive: Tensor, past: int | Tensor, last_position: Tensor, last_document: Tensor
     ) -> Sequence:
         """Find the starts. `past` slots are taken; last_position, last_document [B, 1] come from the decode state."""
+        if position_ids.shape[1] == 1:  # a step of decoding: its predecessor is the last one
+            starts = alive & (position_ids != last_position + 1)
+            return cls(position_ids, alive, starts, last_document.masked_fill(starts, past))
         steps = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
         seen = torch.where(alive, steps, -1).cummax(dim=1).values
         before = torch.cat([seen.new_full((seen.shape[0], 1), -1), seen[:, :-1]], dim=1)
@@ -64,6 +67,9 @@ def carry(tail: Tensor, columns: Tensor, alive: Tensor, starts: Tensor, empty: f
     trace, and a row without an alive token keeps its tail: a padded row goes on as if it had not been padded.
     """
     length, steps = tail.shape[1], columns.shape[1]
+    if steps == 1 and length > 0:
+        kept = tail[:, 1:].masked_fill(_over(starts, tail), empty)
+        return torch.where(_over(alive, tail), torch.cat([kept, columns.to(tail.dtype)], dim=1), tail)
     segment = starts.cumsum(dim=1)
     visible = torch.cat([(segment[:, -1:] == 0).expand(-1, length), segment == segment[:, -1:]], dim=1)
     entries = torch.cat([tail, columns.to(tail.dtype)], dim=1)

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
-from byrote.address.vocabulary import vocabulary_digest
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
 from byrote.tables.device import DeviceTable
+from byrote.tables.logged import LoggedTable
 from byrote.tables.ram import RamTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
 from byrote.tables.table import Table
 
 UNSET = -1
+POINTER = ".json"  # instead of a table's .safetensors
 
 
 class Memory(nn.Module):
@@ -93,16 +94,14 @@ class MemoryStack(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        if vocabulary is not None and vocabulary_digest(vocabulary) != spec.vocabulary_digest:
-            raise ValueError(
-                f"the vocabulary map has digest {vocabulary_digest(vocabulary)}, the address spec was made for "
-                f"{spec.vocabulary_digest}: pass the map of the tokenizer that the config was made with"
-            )
+        if vocabulary is not None:
+            spec.check_vocabulary(vocabulary)
         ids = torch.full((spec.vocab_size,), UNSET) if vocabulary is None else torch.from_numpy(vocabulary.copy())
         self.register_buffer("vocabulary", ids)
         self.memories = nn.ModuleDict(
             {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
         )
+        self.holds_pointers: Callable[[Path], bool] = nowhere
         self._checked: tuple[int, int] | None = None
 
     def items(self) -> list[tuple[int, Memory]]:
@@ -162,9 +161,15 @@ class MemoryStack(nn.Module):
         return folder / f"table-{layer_id}.safetensors"
 
     def save_tables(self, folder: Path) -> None:
-        """Write every table into `folder`."""
+        """Write every table into `folder`; of one whose changed rows are in a log, and where `holds_pointers(folder)`,
+        a pointer to them.
+        """
         for layer_id, memory in self.items():
-            memory.table.save(self.table_path(folder, layer_id))
+            path = self.table_path(folder, layer_id)
+            if isinstance(memory.table, LoggedTable) and self.holds_pointers(folder):
+                memory.table.checkpoint(path.with_suffix(POINTER))
+            else:
+                memory.table.save(path)
 
     def save_row_state(self, folder: Path) -> None:
         """Write the rule state of every table into `folder`."""
@@ -180,11 +185,16 @@ class MemoryStack(nn.Module):
         stamp = (id(self.vocabulary), self.vocabulary._version)
         if stamp == self._checked:
             return
-        digest = vocabulary_digest(self.vocabulary.cpu().numpy())
-        if digest != self.spec.vocabulary_digest:
-            what = "is not set" if bool((self.vocabulary == UNSET).any()) else f"has digest {digest}"
+        try:
+            self.spec.check_vocabulary(self.vocabulary.cpu().numpy())
+        except ValueError as error:
+            unset = bool((self.vocabulary == UNSET).any())
             raise RuntimeError(
-                f"the vocabulary map {what}, the address spec was made for {self.spec.vocabulary_digest}: load the "
-                "weights, or build the model with the map of its tokenizer (vocabulary=...)"
-            )
+                f"{'the vocabulary map is not set' if unset else error}. Load the weights, or build the model with the "
+                "map of its tokenizer (vocabulary=...)"
+            ) from None
         self._checked = stamp
+
+
+def nowhere(folder: Path) -> bool:
+    return False

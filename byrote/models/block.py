@@ -20,6 +20,7 @@ from byrote.nn.engram import Engram, UngatedMemory
 from byrote.nn.hyper import Convention, GatedExit, HyperConnection, ManifoldConnection, MeanExit, Residual
 from byrote.nn.mla import Cache
 from byrote.nn.moe import MLP, DeepSeekMoE
+from byrote.nn.norm import RMSNorm
 
 Connection = Residual | HyperConnection | ManifoldConnection
 
@@ -63,10 +64,10 @@ class Block(GradientCheckpointingLayer):
         self.memory_connection = connection(config, hidden_size, sublayer) if single_fusion else None
         self.memory = memory
         self.attention_connection = connection(config, hidden_size, sublayer)
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.attention = attention
         self.experts_connection = connection(config, hidden_size, sublayer + 1)
-        self.experts_norm = nn.RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.experts_norm = RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.experts = experts
 
     def forward(

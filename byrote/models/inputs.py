@@ -16,6 +16,8 @@ def check_ids(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_siz
         raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be integers [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+    if not input_ids.numel():
+        raise ValueError(f"input_ids is {list(input_ids.shape)}: give at least one token")
     _check_shape("inputs_embeds", inputs_embeds, [*input_ids.shape, hidden_size])
     return input_ids
 

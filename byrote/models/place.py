@@ -17,8 +17,13 @@ def place(
     past: int | Tensor,
     cache: Cache | None,
     state: MemoryState | None,
+    single_sees_all: bool = False,
 ) -> tuple[Sequence, Tensor | None]:
-    """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal)."""
+    """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal).
+
+    `single_sees_all`: attention takes None to mean that a single new token sees all of the cache, and is told so where
+    nothing hides a part of it. Only a CPU is asked: a GPU would have to be waited for.
+    """
     batch, steps = input_ids.shape
     known = int(past) + steps
     plain = attention_mask is None and position_ids is None and cache is None
@@ -38,7 +43,15 @@ def place(
     if plain:
         return sequence, None
     slots = max(known, cache.get_max_length(0)) if cache is not None else known
+    if single_sees_all and steps == 1 and slots == known and _nothing_hidden(sequence, attention_mask):
+        return sequence, None
     return sequence, sequence.mask(past, nn.functional.pad(key_alive, (0, slots - known)))
+
+
+def _nothing_hidden(sequence: Sequence, attention_mask: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or sequence.document.device.type != "cpu":
+        return False
+    return not sequence.document.any() and (attention_mask is None or bool(attention_mask.all()))
 
 
 def length(cache: Cache | None) -> int | Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from byrote.memory import MemoryStack
+from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.tables import RamTable, Table
 from byrote.tables.cache import CachedTable, num_bytes
@@ -58,6 +59,9 @@ class MemoryPreTrainedModel(PreTrainedModel):
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
             return
+        if stack is not None and tables:
+            for layer_id, _ in stack.items():  # they would be taken for this backbone's, were the save to be cut short
+                stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
         super().save_pretrained(folder, **kwargs)
         if stack is None or not tables or not kwargs.get("is_main_process", True):
             return
@@ -107,9 +111,12 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
         return loaded
 
-    def load_tables(self, folder: str | os.PathLike[str]) -> None:
-        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones."""
-        stack, placement = self.memory_stack, "host"
+    def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
+        """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
+
+        `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded or on a device stay there.
+        """
+        stack = self.memory_stack
         if stack is not None and (stack.sharded or stack.device is not None):
             placement = "sharded" if stack.sharded else "device"
         self._open_tables(lambda file: Path(folder) / file, placement)
@@ -149,7 +156,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
 def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: str) -> Table:
     """The table in `path`, or the one that the pointer beside it names."""
-    pointer = path.with_suffix(".json")
+    pointer = path.with_suffix(POINTER)
     if pointer.is_file():
         logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
         return logged if placement == "file" else logged.in_memory()

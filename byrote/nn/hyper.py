@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from byrote.nn.connect import connect, connectable, write_back
 from byrote.nn.mix import project, read, write
 from byrote.nn.sinkhorn import sinkhorn
 
@@ -89,14 +90,19 @@ class _Connection(nn.Module):
     def forward(self, streams: Tensor) -> tuple[Tensor, Write]:
         shape, dtype = streams.shape, streams.dtype
         with torch.autocast(streams.device.type, enabled=False):
-            pre, post, mix, exact = self.coefficients(_at_least_float32(streams).flatten(0, 1))
-            x, exact = read(exact, pre)
+            x, exact, mix, post, write = self.connect(_at_least_float32(streams).flatten(0, 1))
 
         def write_back(y: Tensor) -> Tensor:
             with torch.autocast(streams.device.type, enabled=False):
                 return write(exact, y.to(exact.dtype).flatten(0, 1), mix, post).view(shape).to(dtype)
 
         return x.view(shape[0], shape[1], shape[3]).to(dtype), write_back
+
+    def connect(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[..., Tensor]]:
+        """x [N, d]; and what the write needs: the streams, H, post, and the function that takes them."""
+        pre, post, mix, streams = self.coefficients(streams)
+        x, streams = read(streams, pre)
+        return x, streams, mix, post, write
 
 
 class HyperConnection(_Connection):
@@ -147,6 +153,13 @@ class ManifoldConnection(_Connection):
         closed[self.first] = 1 - (n - 1) * closed[0]
         mix = COLD * (torch.eye(n, dtype=torch.float64) - 1)
         return torch.cat([(closed - self.eps).logit(), torch.zeros(n), mix.flatten()]).float()
+
+    def connect(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[..., Tensor]]:
+        if not (self.input_first and connectable(streams, self.eps)):
+            return super().connect(streams)
+        weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
+        x, post, mix, streams = connect(streams, weight, bias, scale, self.norm_eps, self.eps, self.iterations)
+        return x, streams, mix, post, write_back
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = self.num_streams

@@ -133,6 +133,54 @@ def _write_backward(token, streams, y, mix, post, gradient, to_streams, to_y, to
     token.write_totals(by_post, to_post)
 
 
+@_per_token
+def _write_back_backward(token, streams, y, post, gradient, to_y, to_mix, to_post):
+    # The sums of a row of H at a time: with all of them in one loop they would not stay in registers.
+    post, by_post = token.coefficients(post, N), token.totals(N)
+    by_mix = token.totals(N * N)
+    with token.columns() as (at, _):
+        columns, added = [token.load(gradient, i, at) for i in RANGE], token.load(y, 0, at)
+        token.store(to_y, 0, at, token.sum([(post[i], columns[i]) for i in RANGE]))
+        for i in RANGE:
+            token.add(by_post[i], columns[i], added)
+        for k in RANGE:
+            state = token.load(streams, k, at)
+            for i in RANGE:
+                token.add(by_mix[N * i + k], columns[i], state)
+    token.write_totals(by_mix, to_mix)
+    token.write_totals(by_post, to_post)
+
+
+@_per_token
+def _connect_backward(token, streams, pre, mix, shrink, to_x, gradient, to_streams):
+    pre, mix, [shrink] = token.coefficients(pre, N), token.coefficients(mix, N * N), token.coefficients(shrink, 1)
+    with token.columns() as (at, _):
+        columns, read = [token.load(gradient, i, at) for i in RANGE], token.load(to_x, 0, at)
+        for k in RANGE:
+            parts = [(pre[k], read), (shrink, token.load(streams, k, at))]
+            token.store(to_streams, k, at, token.sum(parts + [(mix[N * i + k], columns[i]) for i in RANGE]))
+
+
+@_per_token
+def _dots(token, streams, to_x, to_pre):
+    sums = token.totals(N)
+    with token.columns() as (at, _):
+        gradient = token.load(to_x, 0, at)
+        for k in RANGE:
+            token.add(sums[k], gradient, token.load(streams, k, at))
+    token.write_totals(sums, to_pre)
+
+
+@_per_token
+def _square(token, streams, out):
+    sums = token.totals(N)
+    with token.columns() as (at, _):
+        for k in RANGE:
+            column = token.load(streams, k, at)
+            token.add(sums[k], column, column)
+    token.write_totals(sums, out)
+
+
 def _compiled(*arrays):
     three, two = "float32[:,:,::1]", "float32[:,::1]"
     kinds = ", ".join(three if name == "three" else two for name in arrays)
@@ -166,3 +214,12 @@ def write_backward(begin, end, streams, y, mix, post, gradient, to_streams, to_y
         inputs = streams[t].ctypes.data, y[t].ctypes.data, mix[t].ctypes.data, post[t].ctypes.data
         outputs = to_streams[t].ctypes.data, to_y[t].ctypes.data, to_mix[t].ctypes.data, to_post[t].ctypes.data
         _write_backward((*inputs, gradient[t].ctypes.data, *outputs), 4 * y.shape[1])
+
+
+@_compiled("three", "two", "two", "three", "two", "three", "two")
+def write_back_backward(begin, end, streams, y, post, gradient, to_y, to_mix, to_post):
+    """`write_backward` without `to_streams`."""
+    for t in range(begin, end):
+        inputs = streams[t].ctypes.data, y[t].ctypes.data, post[t].ctypes.data, gradient[t].ctypes.data
+        outputs = to_y[t].ctypes.data, to_mix[t].ctypes.data, to_post[t].ctypes.data
+        _write_back_backward((*inputs, *outputs), 4 * y.shape[1])

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotate
 
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,10 +85,10 @@ class MLA(nn.Module):
             self.q_proj = nn.Linear(hidden_size, num_heads * query_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
-            self.q_a_norm = nn.RMSNorm(q_lora_rank, eps=eps)
+            self.q_a_norm = RMSNorm(q_lora_rank, eps=eps)
             self.q_b_proj = nn.Linear(q_lora_rank, num_heads * query_dim, bias=False)
         self.kv_a_proj = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
-        self.kv_a_norm = nn.RMSNorm(kv_lora_rank, eps=eps)
+        self.kv_a_norm = RMSNorm(kv_lora_rank, eps=eps)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
@@ -98,7 +99,7 @@ class MLA(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Attend. Without a mask: plain causal over x, which then must be all there is.
+        """Attend. Without a mask: plain causal over x, which then must be all there is; one token sees all there is.
 
         `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
         """
@@ -113,10 +114,10 @@ class MLA(nn.Module):
         )
         if cache is not None:
             latent, rope_key = cache(latent, rope_key)
-        if mask is None and latent.shape[2] != x.shape[1]:
+        if mask is None and latent.shape[2] != x.shape[1] > 1:
             raise ValueError(
                 f"mask=None with {latent.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
-                "forward without a past can go without"
+                "forward without a past, or of a single token, can go without"
             )
 
         attend = self._absorbed if self._absorbs(x.shape[1], cache) else self._expanded
@@ -149,7 +150,7 @@ class MLA(nn.Module):
             torch.cat((key_nope, rope_key), dim=-1),
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and query_nope.shape[2] > 1,
             scale=self.softmax_scale,
         )
 
@@ -163,12 +164,18 @@ class MLA(nn.Module):
         # The heads become more queries of the one key head.
         query = torch.matmul(query_nope, up_key).flatten(1, 2)
         latent, rope_key = latent.to(query.dtype).squeeze(1), rope_key.to(query.dtype).squeeze(1)
-        scores = torch.matmul(query, latent.mT) + torch.matmul(query_rope.flatten(1, 2), rope_key.mT)
-        scores = (scores * self.softmax_scale).view(batch, self.num_heads, tokens, -1)
-        if mask is None:
+        # One product added to the other, and both scaled, in the pass that writes them.
+        rope_scores = torch.bmm(query_rope.flatten(1, 2), rope_key.mT)
+        scale = self.softmax_scale
+        scores = torch.baddbmm(rope_scores, query, latent.mT, beta=scale, alpha=scale)
+        scores = scores.view(batch, self.num_heads, tokens, -1)
+        if mask is None and tokens > 1:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
-        shares = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=_at_least_float32(scores))
-        shares = shares.masked_fill(~mask.any(dim=-1, keepdim=True), 0).to(latent.dtype)
+        if mask is None:
+            shares = scores.softmax(dim=-1, dtype=_at_least_float32(scores)).to(latent.dtype)
+        else:
+            shares = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=_at_least_float32(scores))
+            shares = shares.masked_fill(~mask.any(dim=-1, keepdim=True), 0).to(latent.dtype)
         mixed = torch.matmul(shares.flatten(1, 2), latent).view(batch, self.num_heads, tokens, self.latent_dim)
         return torch.matmul(mixed, up_value.transpose(1, 2))
 

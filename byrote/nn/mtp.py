@@ -25,18 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byrote.nn.norm import RMSNorm
+
 
 class PredictionModule(nn.Module):
     """`block(streams, ...)` returns a tuple that begins with streams; `exit` makes one of n."""
 
     def __init__(self, hidden_size: int, block: nn.Module, exit: nn.Module, *, eps: float = 1e-6) -> None:
         super().__init__()
-        self.embed_norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.hidden_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.embed_norm = RMSNorm(hidden_size, eps=eps)
+        self.hidden_norm = RMSNorm(hidden_size, eps=eps)
         self.project = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.block = block
         self.exit = exit
-        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm = RMSNorm(hidden_size, eps=eps)
 
     def combine(self, embeddings: Tensor, streams: Tensor) -> Tensor:
         """h' [B, T, n, d] of the k-th next tokens' embeddings and of h^{k-1}."""

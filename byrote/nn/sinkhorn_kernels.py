@@ -130,6 +130,29 @@ def forward(begin, end, start, steps, eps, mix):
                     mix[i, k, t + lane] = u[i, lane] * tile[i, k, lane] * v[k, lane]
 
 
+@numba.njit(nogil=True, cache=True)
+def _unroll(tile, scalings, steps, eps, gradient, to_tile):
+    """dP of dH = `gradient`, after `_iterate`."""
+    to_u, to_v = np.zeros((N, LANES), np.float32), np.zeros((N, LANES), np.float32)
+    u, v = scalings[steps + 1], scalings[steps]
+    for i in range(N):
+        for k in range(N):
+            for lane in range(LANES):
+                to_tile[i, k, lane] = gradient[i, k, lane] * u[i, lane] * v[k, lane]
+            for lane in range(LANES):
+                to_u[i, lane] += gradient[i, k, lane] * tile[i, k, lane] * v[k, lane]
+            for lane in range(LANES):
+                to_v[k, lane] += gradient[i, k, lane] * tile[i, k, lane] * u[i, lane]
+    matrix, base, size = tile.ctypes.data, scalings.ctypes.data, 4 * N * LANES
+    by_u, by_v, by_matrix = to_u.ctypes.data, to_v.ctypes.data, to_tile.ctypes.data
+    for s in range(steps - 1, -1, -1):
+        old = base + s * size
+        if s % 2 == 0:
+            _rows_backward(matrix, old, old + size, old + 2 * size, by_u, by_v, by_matrix, eps)
+        else:
+            _columns_backward(matrix, old, old + size, old + 2 * size, by_v, by_u, by_matrix, eps)
+
+
 @numba.njit(
     "void(int64, int64, float32[:,:,::1], int64, float32, float32[:,:,::1], float32[:,:,::1])", nogil=True, cache=True
 )
@@ -137,29 +160,11 @@ def backward(begin, end, start, steps, eps, to_mix, to_start):
     """dP of dH."""
     tile, scalings = np.empty((N, N, LANES), np.float32), np.empty((steps + 2, N, LANES), np.float32)
     gradient, to_tile = np.empty_like(tile), np.empty_like(tile)
-    to_u, to_v = np.empty((N, LANES), np.float32), np.empty((N, LANES), np.float32)
     for t in range(begin, end, LANES):
         _read(start, t, end, tile)
         _read(to_mix, t, end, gradient)
         _iterate(tile, scalings, steps, eps)
-        u, v = scalings[steps + 1], scalings[steps]
-        to_u[:], to_v[:] = 0, 0
-        for i in range(N):
-            for k in range(N):
-                for lane in range(LANES):
-                    to_tile[i, k, lane] = gradient[i, k, lane] * u[i, lane] * v[k, lane]
-                for lane in range(LANES):
-                    to_u[i, lane] += gradient[i, k, lane] * tile[i, k, lane] * v[k, lane]
-                for lane in range(LANES):
-                    to_v[k, lane] += gradient[i, k, lane] * tile[i, k, lane] * u[i, lane]
-        matrix, base, size = tile.ctypes.data, scalings.ctypes.data, 4 * N * LANES
-        by_u, by_v, by_matrix = to_u.ctypes.data, to_v.ctypes.data, to_tile.ctypes.data
-        for s in range(steps - 1, -1, -1):
-            old = base + s * size
-            if s % 2 == 0:
-                _rows_backward(matrix, old, old + size, old + 2 * size, by_u, by_v, by_matrix, eps)
-            else:
-                _columns_backward(matrix, old, old + size, old + 2 * size, by_v, by_u, by_matrix, eps)
+        _unroll(tile, scalings, steps, eps, gradient, to_tile)
         for i in range(N):
             for k in range(N):
                 for lane in range(min(LANES, end - t)):

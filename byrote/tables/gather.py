@@ -3,6 +3,7 @@
     gather(records [R, B], ids [N], out [N, B])        out[i] = records[ids[i]]
     decode(records [R, B], ids [N], codec, out [N, W]) out[i] = the float32 values of records[ids[i]]
     scatter(records [R, B], ids [N], new [N, B])       records[ids[i]] = new[i]
+    copy(addresses [N], out [N, B])                    out[i] = the B bytes at an address of this process
 
 Records are uint8, ids int64, values float32, all contiguous and in host memory. The caller has checked that the ids
 are in range: a compiled loop reads whatever address it is given. Fast and plain give the same bits.
@@ -13,6 +14,7 @@ machine code is cached on disk.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +69,18 @@ def scatter(records: Tensor, ids: Tensor, new: Tensor) -> None:
 
 def scatter_twin(records: Tensor, ids: Tensor, new: Tensor) -> None:
     records.index_copy_(0, ids, new)
+
+
+def copy(addresses: Tensor, out: Tensor) -> None:
+    _check(out, addresses, out, torch.uint8, out.shape[1])
+    if not numba_is_there():
+        return copy_twin(addresses, out)
+    _kernels().copy(addresses.data_ptr(), out.shape[1], len(addresses), out.data_ptr())
+
+
+def copy_twin(addresses: Tensor, out: Tensor) -> None:
+    for address, row in zip(addresses.tolist(), out, strict=True):
+        ctypes.memmove(row.data_ptr(), address, len(row))
 
 
 def nonzero_rows(values: Tensor) -> Tensor:

@@ -265,6 +265,15 @@ def scatter(records, size, ids, count, values):
 
 
 @_compiled
+def copy(addresses, size, count, out):
+    """out[i] = the `size` bytes at address addresses[i]."""
+    for i in range(count):
+        if i + AHEAD < count:
+            _fetch(load_i64(addresses + 8 * (i + AHEAD)), size)
+        _copy(out + i * size, load_i64(addresses + 8 * i), size)
+
+
+@_compiled
 def gather_bf16(records, size, ids, count, out, width):
     for i in range(count):
         if i + AHEAD < count:

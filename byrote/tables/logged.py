@@ -2,15 +2,17 @@
 
     read(row) = the log's values if it holds the row, else the base's; rule state likewise, else zeros
 
-A record is  flag u8 (1: rule state was written) | values as the base's codec stores them | state fields float32.
-It equals a RamTable to the last bit. `checkpoint(path)` makes the present generation durable in the log and writes a
-pointer, a JSON of a line: {format_version, log: relative path, generation}. `save` writes a whole merged table.
+A record, which holds both, is that of `record.py`. The table equals a RamTable to the last bit.
+
+`checkpoint(path)` makes the present generation durable in the log and writes a pointer, a JSON of a line:
+{format_version, log: relative path, generation, committed}. `committed` is the log's number of it, and not the
+table's, since a run that was resumed from an earlier checkpoint reaches a generation twice. `save` writes a whole
+merged table.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from byrote.tables.codecs import CODECS, Codec
+from byrote.tables import disk
 from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
 from byrote.tables.ram import FORMAT_VERSION, RamTable, chance, load_state_file
-from byrote.tables.stream import as_bytes, stream
+from byrote.tables.record import Record
+from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
@@ -35,31 +38,38 @@ def open_base(path: Path) -> Any:
     return FileTable.open(path)
 
 
+def read_pointer(path: Path) -> dict[str, Any]:
+    """What `checkpoint` wrote."""
+    pointer = disk.read_json(path, FORMAT_VERSION, "no such pointer")
+    if missing := {"log", "generation", "committed"} - pointer.keys():
+        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}; take another checkpoint")
+    return pointer
+
+
 class LoggedTable:
     """`base`: any table, only read. `fields`: the state of the one rule that trains it."""
 
-    def __init__(self, base: Any, log: RowLog, fields: StateFields) -> None:
-        self.base, self.log, self.fields = base, log, {name: tuple(shape) for name, shape in fields.items()}
+    def __init__(self, base: Any, log: RowLog, fields: StateFields, generation: int) -> None:
+        self.base, self.log, self.record = base, log, Record(base.codec, base.width, fields)
+        self.fields = self.record.fields
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
-        self.generation = log.generation
+        self.generation = generation
 
     @classmethod
     def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
         """With a new log in `folder`; `path`: of the base's file, relative to `folder`."""
         about = {"path": path, "codec": base.codec, "fields": {name: list(shape) for name, shape in fields.items()}}
+        size = Record(base.codec, base.width, fields).size
         log = RowLog.create(
-            folder, num_rows=base.num_rows, record_bytes=_record_bytes(base, fields), digest=base.digest,
+            folder, num_rows=base.num_rows, record_bytes=size, digest=base.digest,
             base=json.dumps(about), generation=base.generation, **settings,
         )  # fmt: skip
-        return cls(base, log, fields)
+        return cls(base, log, fields, base.generation)
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str, lock: bool = False) -> LoggedTable:
         """What a pointer names; without `lock`, for reading."""
-        try:
-            pointer = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        pointer = read_pointer(path)
         # Without the checkpoint's own name in it: the folder that the path leads through is removed one day.
         folder = Path(os.path.abspath(path.parent / pointer["log"]))
         if not (folder / "log.json").is_file():
@@ -74,9 +84,9 @@ class LoggedTable:
                 f"{path}: the table is [{base.num_rows}, {base.width}] with digest {base.digest}, the model needs "
                 f"[{num_rows}, {width}] with digest {digest}"
             )
-        size = _record_bytes(base, about["fields"])
-        log = RowLog.open(folder, pointer["generation"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
-        return cls(base, log, about["fields"])
+        size = Record(base.codec, base.width, about["fields"]).size
+        log = RowLog.open(folder, pointer["committed"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
+        return cls(base, log, about["fields"], pointer["generation"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoggedTable:
         return self
@@ -88,10 +98,12 @@ class LoggedTable:
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
         flat = rows.reshape(-1).cpu()
-        values = self.base.read(flat)
-        found, records = self.log.read(flat.numpy(), 1 + self._value_bytes)
-        where = torch.from_numpy(np.flatnonzero(found))
-        values[where] = self._decode(records[found][:, 1:])
+        found, records = self.log.read(flat.numpy(), self.record.head)
+        logged, rest = (torch.from_numpy(np.flatnonzero(which)) for which in (found, ~found))
+        values = torch.empty(len(flat), self.width)
+        values[logged] = self.record.values(records[found])
+        if len(rest):
+            values[rest] = self.base.read(flat[rest])
         return values.view(*rows.shape, self.width).to(rows.device)
 
     @torch.no_grad()
@@ -99,7 +111,7 @@ class LoggedTable:
         check_row_ids(rows, self.num_rows)
         self._check_fields({name: tuple(shape) for name, shape in fields.items()})
         _, records = self.log.read(rows.cpu().numpy())
-        return {name: self._field(records, name).to(rows.device) for name in fields}
+        return {name: self.record.state(records, name).to(rows.device) for name in fields}
 
     @torch.no_grad()
     def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
@@ -114,21 +126,21 @@ class LoggedTable:
                 raise ValueError(f"rule state must have {len(ids)} entries, one a row, got {lengths}")
             self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
             records = np.empty((len(ids), self.log.record_bytes), np.uint8)
-            records[:, 0] = 1
-            for name, (begin, end) in self._places().items():
-                records[:, begin:end] = as_bytes(state[name].to("cpu", torch.float32), end - begin)
-        stored = self._codec.encode(values.to("cpu", torch.float32), chance(self.digest, self.generation))
-        records[:, 1 : 1 + self._value_bytes] = stored.numpy()
+            self.record.set_state(records, state)
+        self.record.set_values(records, values, chance(self.digest, self.generation))
         self.log.write(ids, records)
 
     def commit(self) -> int:
         self.generation += 1
         return self.generation
 
-    def checkpoint(self, path: Path, log: str) -> None:
-        """Make this generation durable, and write the pointer to it; `log`: the log's folder as seen from there."""
-        self.log.commit(self.generation)
-        path.write_text(json.dumps({"format_version": FORMAT_VERSION, "log": log, "generation": self.generation}))
+    def checkpoint(self, path: Path) -> None:
+        """Make this generation durable, and write the pointer to it."""
+        committed = self.log.next_generation
+        self.log.commit(committed)
+        log = os.path.relpath(self.log.folder, path.parent)
+        content = {"log": log, "generation": self.generation, "committed": committed}
+        disk.replace_json(path, {"format_version": FORMAT_VERSION, **content})
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -144,10 +156,10 @@ class LoggedTable:
             for at in range(0, self.num_rows, step):
                 values = self.read(torch.arange(at, min(at + step, self.num_rows)))
                 # What was decoded is encoded without loss, by chance or not.
-                yield self._codec.encode(values, chance(self.digest, self.generation)).view(dtype)
+                yield self.record.codec.encode(values, chance(self.digest, self.generation)).view(dtype)
 
-        dtype = self._codec.dtype
-        shape = (self.num_rows, self._value_bytes // dtype.itemsize)
+        dtype = self.record.codec.dtype
+        shape = (self.num_rows, (self.record.head - 1) // dtype.itemsize)
         stream(path, {"rows": (dtype, shape, chunks)}, self._header())
 
     def save_state(self, path: Path) -> None:
@@ -155,7 +167,7 @@ class LoggedTable:
 
         def chunks(name: str) -> Callable[[], Iterator[Tensor]]:
             parts = touched.split(max(1, CHUNK_BYTES // self.log.record_bytes))
-            return lambda: (self._field(self.log.read(part.numpy())[1], name) for part in parts)
+            return lambda: (self.record.state(self.log.read(part.numpy())[1], name) for part in parts)
 
         arrays = {"rows": (torch.int64, (len(touched),), lambda: iter([touched]))}
         if len(touched):
@@ -169,7 +181,7 @@ class LoggedTable:
             self._check_fields({name: tuple(array.shape[1:]) for name, array in arrays.items()})
         gone = np.setdiff1d(self._with_state(), rows.numpy())
         records = self.log.read(gone)[1]
-        records[:, 0], records[:, 1 + self._value_bytes :] = 0, 0
+        self.record.clear_state(records)
         self.log.write(gone, records)
         if rows.numel():
             self.write(rows, self.read(rows), arrays)
@@ -187,28 +199,6 @@ class LoggedTable:
         table.generation = self.generation
         return table
 
-    @property
-    def _value_bytes(self) -> int:
-        return self._codec.record_bytes(self.width)
-
-    @property
-    def _codec(self) -> Codec:
-        return CODECS[self.codec]
-
-    def _places(self) -> dict[str, tuple[int, int]]:
-        at, places = 1 + self._value_bytes, {}
-        for name, shape in self.fields.items():
-            places[name] = (at, at := at + 4 * math.prod(shape))
-        return places
-
-    def _decode(self, records: np.ndarray) -> Tensor:
-        return self._codec.decode(torch.from_numpy(np.ascontiguousarray(records)), self.width)
-
-    def _field(self, records: np.ndarray, name: str) -> Tensor:
-        begin, end = self._places()[name]
-        values = np.ascontiguousarray(records[:, begin:end]).reshape(-1).view(np.float32)
-        return torch.from_numpy(values).view(len(records), *self.fields[name])
-
     def _with_state(self) -> np.ndarray:
         ids = self.log.rows()
         return ids[self.log.read(ids, 1)[1][:, 0] == 1]
@@ -220,7 +210,3 @@ class LoggedTable:
     def _header(self) -> dict[str, Any]:
         names = ("digest", "generation", "num_rows", "width", "codec")
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
-
-
-def _record_bytes(base: Any, fields: StateFields) -> int:
-    return int(1 + CODECS[base.codec].record_bytes(base.width) + sum(4 * math.prod(s) for s in fields.values()))

@@ -15,27 +15,27 @@ NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 @numba.njit(cache=True, nogil=True)
-def _run_end(ids, begin, most):
+def _run_end(places, size, begin, most):
     """The end of the run of neighbours that begins here, `most` records at most."""
     end = begin + 1
-    while end < len(ids) and end - begin < most and ids[end] == ids[end - 1] + 1:
+    while end < len(places) and end - begin < most and places[end] == places[end - 1] + size:
         end += 1
     return end
 
 
 @numba.njit(cache=True, nogil=True)
-def without_waiting(fd, start, size, ids, out, vector_place, vector, misses, most):
+def without_waiting(fd, places, size, out, vector_place, vector, misses, most):
     """Read what is in memory; how many runs are not, where they begin goes to `misses`.
 
     `vector`: two int64 at address `vector_place`, a struct iovec. `most` = 0: record by record, all to vector[0].
     """
     missed, i = 0, 0
-    while i < len(ids):
+    while i < len(places):
         end = i + 1
         if most:
-            end = _run_end(ids, i, most)
+            end = _run_end(places, size, i, most)
             vector[0], vector[1] = out + i * size, (end - i) * size
-        if preadv2(fd, vector_place, 1, start + ids[i] * size, NOWAIT) != vector[1]:
+        if preadv2(fd, vector_place, 1, places[i], NOWAIT) != vector[1]:
             misses[missed] = i
             missed += 1
         i = end
@@ -43,13 +43,13 @@ def without_waiting(fd, start, size, ids, out, vector_place, vector, misses, mos
 
 
 @numba.njit(cache=True, nogil=True)
-def waiting(fd, start, size, ids, out, misses, most):
+def waiting(fd, places, size, out, misses, most):
     """Read the runs that begin at `misses`; whether any of them could not be read to its end."""
     for j in range(len(misses)):
         i = misses[j]
-        length, done = (_run_end(ids, i, most) - i) * size, 0
+        length, done = (_run_end(places, size, i, most) - i) * size, 0
         while done < length:
-            got = pread(fd, out + i * size + done, length - done, start + ids[i] * size + done)
+            got = pread(fd, out + i * size + done, length - done, places[i] + done)
             if got <= 0:
                 return True
             done += got

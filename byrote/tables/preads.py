@@ -1,8 +1,9 @@
-"""Positioned reads of records from an open file, by threads; a compiled loop beside its plain twin.
+"""Positioned reads of records from open files, by threads; a compiled loop beside its plain twin.
 
-    read(fd, start, size, ids [U], out [U, size])     out[i] = bytes start + ids[i] * size of the file, and so many
+    read(files, places [U], out [U, size])     out[i] = the `size` bytes at byte places[i] of its file
 
-Two passes over ascending ids. The first asks for each record without waiting (`preadv2` with RWF_NOWAIT): what is in
+`files`: (descriptor, how many of the places are its), one after the other. Two passes over the places of a part of a
+file. The first asks for each record without waiting (`preadv2` with RWF_NOWAIT): what is in
 memory comes at once, and for the rest the kernel starts to read and goes on, so that the device has all of a thread's
 records in its queue. The second waits for the rest. A run of neighbouring records is one read.
 
@@ -11,11 +12,11 @@ A record that ends beyond the end of the file is a ValueError, never zeros; an e
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,65 +28,63 @@ RUN_BYTES = 1 << 20  # of neighbours in one read
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
-def read(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray, threads: int = THREADS) -> None:
-    """Ids int64, unique and ascending; `out` uint8 [U, size], contiguous. The caller has checked the ids."""
-    assert out.dtype == np.uint8 and out.shape == (len(ids), size) and out.flags.c_contiguous
+def read(files: Sequence[tuple[int, int]], places: np.ndarray, out: np.ndarray, threads: int = THREADS) -> None:
+    """Places int64, of each file ascending; `out` uint8 [U, size], contiguous. What a thread raises is raised here."""
+    assert out.dtype == np.uint8 and len(out) == len(places) and out.flags.c_contiguous
     one = _read_compiled if numba_is_there() and NOWAIT is not None else read_twin
-    spread(lambda part: one(fd, start, size, ids[part], out[part]), len(ids), threads)
-
-
-def spread(call: Callable[[slice], Any], count: int, threads: int) -> None:
-    """call(part) for `threads` parts of range(count), on threads; what one of them raises is raised here."""
-    threads = min(threads, count)
-    if threads < 2:
-        call(slice(0, count))
+    ends = np.cumsum([count for _, count in files])
+    cuts = np.unique(np.concatenate([[0], ends, np.linspace(0, len(places), threads + 1).astype(np.int64)])).tolist()
+    parts = [(files[int(np.searchsorted(ends, begin, "right"))][0], begin, end) for begin, end in pairwise(cuts)]
+    if len(parts) == 1:
+        one(parts[0][0], places, out)
         return
-    cuts = np.linspace(0, count, threads + 1).astype(np.int64).tolist()
     pool = _pool(os.getpid())
-    jobs = [pool.submit(call, slice(*ends)) for ends in itertools.pairwise(cuts)]
+    jobs = [pool.submit(one, fd, places[begin:end], out[begin:end]) for fd, begin, end in parts]
     for job in jobs:
         job.result()
 
 
-def resident(fd: int, start: int, size: int, ids: np.ndarray) -> bool:
+def resident(fd: int, places: np.ndarray, size: int) -> bool:
     """Whether all of these records are in memory; reads of those that are not have begun."""
     scratch = np.empty(size, np.uint8)
     if NOWAIT is None:
         return False
     if not numba_is_there():
-        return all(_try(fd, start + record * size, scratch) for record in ids.tolist())
-    misses = np.empty(len(ids), np.int64)
+        return all(_try(fd, place, scratch) for place in places.tolist())
+    misses = np.empty(len(places), np.int64)
     vector = np.array([scratch.ctypes.data, size], np.int64)
-    return bool(_kernels().without_waiting(fd, start, size, ids, 0, vector.ctypes.data, vector, misses, 0) == 0)
+    return bool(_kernels().without_waiting(fd, places, size, 0, vector.ctypes.data, vector, misses, 0) == 0)
 
 
-def read_twin(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray) -> None:
-    runs = _runs(ids, size)
-    missed = [run for run in runs if NOWAIT is None or not _try(fd, start + int(ids[run[0]]) * size, out[slice(*run)])]
+def read_twin(fd: int, places: np.ndarray, out: np.ndarray) -> None:
+    runs = _runs(places, out.shape[1])
+    missed = [run for run in runs if NOWAIT is None or not _try(fd, int(places[run[0]]), out[slice(*run)])]
     for begin, end in missed:
-        place, wanted = start + int(ids[begin]) * size, out[begin:end].reshape(-1)
+        place, wanted = int(places[begin]), out[begin:end].reshape(-1)
         done = 0
         while done < len(wanted):
             got = os.preadv(fd, [wanted[done:].data], place + done)
             if not got:
-                raise ValueError(f"the file ends at byte {place + done}, before record {int(ids[end - 1])}")
+                raise ValueError(
+                    f"the file ends at byte {place + done}, before the record at byte {int(places[end - 1])}"
+                )
             done += got
 
 
-def _read_compiled(fd: int, start: int, size: int, ids: np.ndarray, out: np.ndarray) -> None:
-    misses, vector = np.empty(len(ids), np.int64), np.empty(2, np.int64)
-    place = out.ctypes.data
+def _read_compiled(fd: int, places: np.ndarray, out: np.ndarray) -> None:
+    misses, vector = np.empty(len(places), np.int64), np.empty(2, np.int64)
+    size, into = out.shape[1], out.ctypes.data
     kernels, run = _kernels(), max(1, RUN_BYTES // size)
-    missed = kernels.without_waiting(fd, start, size, ids, place, vector.ctypes.data, vector, misses, run)
-    if kernels.waiting(fd, start, size, ids, place, misses[:missed], run):
-        read_twin(fd, start, size, ids, out)  # which says what is wrong
+    missed = kernels.without_waiting(fd, places, size, into, vector.ctypes.data, vector, misses, run)
+    if kernels.waiting(fd, places, size, into, misses[:missed], run):
+        read_twin(fd, places, out)  # which says what is wrong
 
 
-def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """[begin, end) of neighbouring ids, of at most RUN_BYTES."""
+def _runs(places: np.ndarray, size: int) -> list[tuple[int, int]]:
+    """[begin, end) of neighbouring records, of at most RUN_BYTES."""
     most, runs, begin = max(1, RUN_BYTES // size), [], 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or ids[i] != ids[i - 1] + 1 or i - begin == most:
+    for i in range(1, len(places) + 1):
+        if i == len(places) or places[i] != places[i - 1] + size or i - begin == most:
             runs.append((begin, i))
             begin = i
     return runs

@@ -107,18 +107,21 @@ class _Part:
         if not len(ids):
             return torch.empty(0, self.row_bytes, dtype=torch.uint8), ids
         self._check_size()
-        about = self.file.fileno(), self.place.start, self.row_bytes
-        sample = ids[:: -(-len(ids) // SAMPLE)].contiguous()
-        if preads.resident(*about, sample.numpy()):
+        sample = ids[:: -(-len(ids) // SAMPLE)].numpy()
+        if preads.resident(self.file.fileno(), self._bytes(sample), self.row_bytes):
             return self._mapping(), ids.contiguous()
         unique, inverse = np.unique(ids.numpy(), return_inverse=True)
         records = np.empty((len(unique), self.row_bytes), np.uint8)
         try:
-            preads.read(*about, unique, records)
+            preads.read([(self.file.fileno(), len(unique))], self._bytes(unique), records)
         except ValueError:
             self._check_size()
             raise
         return torch.from_numpy(records), torch.from_numpy(inverse)
+
+    def _bytes(self, ids: np.ndarray) -> np.ndarray:
+        """Where in the file the rows begin."""
+        return self.place.start + ids * self.row_bytes
 
     def _mapping(self) -> Tensor:
         if self._mapped is None:

@@ -21,6 +21,7 @@ from torch import nn
 from byrote.train import filetables
 
 PREFIX = "step-"
+FOLDERS = "checkpoints/*"  # also while one is written
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -45,15 +46,10 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
         return target
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    from_files = bool(filetables.logged_tables(model))
-    if from_files:
-        model.save_pretrained(partial, tables=False)
-        filetables.save(model, partial)
-    else:
-        model.save_pretrained(partial)
+    model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state") and not from_files:
+    if hasattr(model, "save_row_state") and not filetables.logged_tables(model):
         (partial / "row_state").mkdir()
         model.save_row_state(partial / "row_state")
     torch.save(training, partial / "training.pt")
@@ -61,7 +57,7 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     partial.rename(target)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
-    filetables.collect(model, checkpoints(run))
+    filetables.collect(model, run, FOLDERS)
     return target
 
 

@@ -2,23 +2,26 @@
 
     RUN/tables/table-L.safetensors        the base, written once
                layer-L/                   the log (byrote.tables.log)
-    RUN/checkpoints/step-000200/table-L.json   the generation of the log that belongs to this backbone
+    RUN/checkpoints/step-000200/table-L.json   of `byrote train`: the generation that belongs to this backbone
+    RUN/checkpoint-200/table-L.json            of the stock Trainer (`callback.py`), with its output_dir as RUN
 
-Row state is in the log beside its row. A generation is kept as long as a checkpoint points to it.
+Row state is in the log beside its row. A generation is kept as long as a checkpoint points to it. `checkpoints` is the
+pattern of their folders in the run folder: `save_pretrained` writes pointers into those, whole tables anywhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import fnmatch
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from byrote.tables.logged import LoggedTable, open_base
+from byrote.memory.stack import nowhere
+from byrote.tables.logged import LoggedTable, open_base, read_pointer
 from byrote.tables.rules import RowRule
 
 
@@ -29,13 +32,15 @@ def logged_tables(model: Any) -> dict[int, LoggedTable]:
     return {layer: table for layer, table in tables.items() if isinstance(table, LoggedTable)}
 
 
-def begin(model: Any, run: Path, rule: RowRule) -> None:
+def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
     """Write the model's tables to the run folder, and train them from there."""
     refuse_processes()
     if model.memory_stack is None:
         return
     folder = run / "tables"
-    folder.mkdir()
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: resume the run, or delete that folder to start another")
+    folder.mkdir(parents=True)
     for layer, memory in model.memory_stack.items():
         path = folder / f"table-{layer}.safetensors"
         memory.table.save(path)
@@ -43,28 +48,31 @@ def begin(model: Any, run: Path, rule: RowRule) -> None:
             os.fsync(file.fileno())
         base = open_base(path)
         memory.table = LoggedTable.create(base, folder / f"layer-{layer}", rule.fields(base.width), f"../{path.name}")
+    _point(model, run, checkpoints)
 
 
-def resume(model: Any, checkpoints: Iterable[Path]) -> None:
+def resume(model: Any, run: Path, checkpoints: str) -> None:
     """Take the right to write the tables of a model that was loaded from a checkpoint of this run."""
     refuse_processes()
     for table in logged_tables(model).values():
         table.log.lock()
-    collect(model, checkpoints)
+    _point(model, run, checkpoints)
+    collect(model, run, checkpoints)
 
 
-def save(model: Any, folder: Path) -> None:
-    """Make the tables' generation durable, and point to it from a checkpoint, a folder RUN/checkpoints/NAME."""
-    for layer, table in logged_tables(model).items():
-        table.checkpoint(folder / f"table-{layer}.json", f"../../tables/layer-{layer}")
-
-
-def collect(model: Any, checkpoints: Iterable[Path]) -> None:
+def collect(model: Any, run: Path, checkpoints: str) -> None:
     """Drop the generations that none of the checkpoints points to."""
-    checkpoints = list(checkpoints)
     for layer, table in logged_tables(model).items():
-        pointers = [folder / f"table-{layer}.json" for folder in checkpoints]
-        table.log.collect(json.loads(path.read_text())["generation"] for path in pointers if path.exists())
+        pointers = [folder / f"table-{layer}.json" for folder in run.glob(checkpoints)]
+        table.log.collect(read_pointer(path)["committed"] for path in pointers if path.exists())
+
+
+def unlock(model: Any) -> None:
+    """Give the right to write the tables back; from now on whoever saves the model saves its rows."""
+    for table in logged_tables(model).values():
+        table.log.unlock()
+    if getattr(model, "memory_stack", None) is not None:
+        model.memory_stack.holds_pointers = nowhere
 
 
 @contextlib.contextmanager
@@ -73,8 +81,16 @@ def released(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for table in logged_tables(model).values():
-            table.log.unlock()
+        unlock(model)
+
+
+def _point(model: Any, run: Path, checkpoints: str) -> None:
+    if getattr(model, "memory_stack", None) is None:
+        return
+    where = (run / checkpoints).absolute()
+    model.memory_stack.holds_pointers = lambda folder: (
+        folder.absolute().parent == where.parent and fnmatch.fnmatch(folder.name, where.name)
+    )
 
 
 def refuse_processes() -> None:

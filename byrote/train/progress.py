@@ -1,7 +1,6 @@
 """Live progress of a run: one moving line on a terminal, a line now and then elsewhere (a log, CI)."""
 
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,7 +8,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINES = 10  # of a run, where there is no terminal
 
 
-class Live:
+class Shown:
+    """What is seen of `bar` while the block runs."""
+
+    bar: Progress
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+class Live(Shown):
     """`with Live(console, name, steps) as live:` and hand `live.report` to the Trainer."""
 
     def __init__(self, console: Console, name: str, steps: int):
@@ -23,15 +35,6 @@ class Live:
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task(name, total=steps, facts="")
-
-    def __enter__(self) -> "Live":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def report(self, record: dict[str, Any]) -> None:
         step = record["step"]
@@ -50,7 +53,7 @@ class Live:
             self.console.print(f"{self.name} {step}/{self.steps} {facts}, about {left:.0f} s left")
 
 
-class DataLive:
+class DataLive(Shown):
     """The same for the preparation of a corpus; its `report` is that of `byrote.data.prepare`."""
 
     def __init__(self, console: Console, name: str):
@@ -58,15 +61,6 @@ class DataLive:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "DataLive":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def report(self, what: str, done: int, total: int) -> None:
         if what not in self.tasks:

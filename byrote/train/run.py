@@ -23,7 +23,8 @@ from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.tables.device import accelerator
 from byrote.train import filetables
-from byrote.train.checkpoint import align, checkpoints, latest, sharded
+from byrote.train.allocator import keep_freed_memory
+from byrote.train.checkpoint import FOLDERS, align, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
@@ -77,6 +78,7 @@ def prepare_data(recipe: Recipe, report: Callable[[str, int, int], None]) -> tup
 
 def train(recipe: Recipe, run: Path, console: Console, resume: bool = False) -> tuple[Trainer, Result]:
     """Do the whole of it, with live progress on rank 0's console."""
+    keep_freed_memory()
     console = console if rank() == 0 else Console(quiet=True)
     _check_processes(recipe)
     with DataLive(console, recipe.data.corpus) as live:
@@ -133,9 +135,9 @@ def make_trainer(
     optimizer = build_optimizer(recipe, model)
     if settings.placement == "file":
         if checkpoint:
-            filetables.resume(model, checkpoints(run))
+            filetables.resume(model, run, FOLDERS)
         else:
-            filetables.begin(model, run, optimizer.rule)
+            filetables.begin(model, run, optimizer.rule, FOLDERS)
     return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
 
 

@@ -161,7 +161,7 @@ def test_check_vocabulary_names_both_digests():
     spec.check_vocabulary(IDENTITY)
     with pytest.raises(ValueError, match=spec.vocabulary_digest):
         spec.check_vocabulary(other)
-    with pytest.raises(ValueError, match="vocabulary has 999 ids"):
+    with pytest.raises(ValueError, match="and 999 ids"):
         spec.check_vocabulary(IDENTITY[:999])
 
 

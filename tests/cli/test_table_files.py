@@ -74,7 +74,10 @@ def test_verify(tmp_path):
     path.write_bytes(content)
     output = run("table", "verify", path, code=1)
     assert re.search(r"block 1, bytes 1,048,576 to 1,280,\d+: rows: rows 4,09\d to 4,999", output)
-    assert "1 damaged blocks; copy it again" in output.replace("\n", " ")
+    assert "1 damaged block; copy it again" in output.replace("\n", " ")
+    content[0] ^= 1
+    path.write_bytes(content)
+    assert "2 damaged blocks; copy it again" in run("table", "verify", path, code=1).replace("\n", " ")
     assert "is there already" in run("table", "verify", path, "--write", code=2).replace("\n", " ")
 
 
@@ -86,6 +89,8 @@ def test_convert_a_file(tmp_path):
     opened = RamTable.open(tmp_path / "small", num_rows=5000, width=64, digest="d" * 64)
     assert opened.codec == "int8"
     assert "is there already" in run("table", "convert", path, tmp_path / "small", "--codec", "int4", code=2)
+    missing = run("table", "convert", tmp_path / "none", tmp_path / "y", "--codec", "int4", code=2).replace("\n", " ")
+    assert "no such file or folder" in missing and "run folder" not in missing
     assert "give a model or run folder" in run(
         "table", "convert", path, tmp_path / "y", "--codec", "int4", "--check", tmp_path, code=2
     )

@@ -111,6 +111,12 @@ def test_shapes(model, ids, shapes, message, cached):
     assert_refused(model, message, cache=cache, **inputs)
 
 
+def test_no_tokens(model):
+    assert_refused(
+        model, r"input_ids is \[2, 0\]: give at least one token", input_ids=torch.empty(2, 0, dtype=torch.int64)
+    )
+
+
 def test_ids_that_are_not_integers(model, ids):
     assert_refused(model, "input_ids", input_ids=ids.float())
 

@@ -133,11 +133,22 @@ def test_default_softmax_scale():
     assert build().softmax_scale == 20**-0.5
 
 
-def test_a_past_needs_a_mask():
+@pytest.mark.parametrize("absorb", [True, False])
+def test_a_single_token_without_a_mask_sees_all_of_the_past(absorb):
+    torch.manual_seed(0)
+    layer, x = build(), torch.randn(2, 4, HIDDEN)
+    layer.absorb = absorb
+    full = layer(x, angles(2, 0, 4))
+    past = Past()
+    layer(x[:, :3], angles(2, 0, 3), cache=past)
+    torch.testing.assert_close(layer(x[:, 3:], angles(2, 3, 4), cache=past), full[:, 3:], atol=1e-6, rtol=0)
+
+
+def test_several_tokens_with_a_past_need_a_mask():
     layer, past = build(), Past()
     layer(torch.randn(1, 3, HIDDEN), angles(1, 0, 3), cache=past)
-    with pytest.raises(ValueError, match="mask=None with 4 keys for 1 queries: give the mask"):
-        layer(torch.randn(1, 1, HIDDEN), angles(1, 3, 4), cache=past)
+    with pytest.raises(ValueError, match="mask=None with 5 keys for 2 queries: give the mask"):
+        layer(torch.randn(1, 2, HIDDEN), angles(1, 3, 5), cache=past)
 
 
 @pytest.mark.parametrize(

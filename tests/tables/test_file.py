@@ -84,7 +84,7 @@ def test_a_log_over_a_file_leaves_the_file(tmp_path):
     table = LoggedTable.create(FileTable.open(tmp_path / "t"), tmp_path / "log", {}, "../t")
     table.write(torch.tensor([9]), torch.full((1, 4), 0.25))
     table.commit()
-    table.checkpoint(tmp_path / "pointer", "log")
+    table.checkpoint(tmp_path / "pointer")
     table.log.unlock()
     opened = LoggedTable.open(tmp_path / "pointer", num_rows=ROWS, width=4, digest=DIGEST)
     assert isinstance(opened.base, FileTable)

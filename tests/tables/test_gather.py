@@ -39,6 +39,17 @@ def test_scatter(size, count, seed):
     assert torch.equal(fast, plain)
 
 
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 300), count=counts, seed=seeds)
+def test_copy(size, count, seed):
+    memory = torch.randint(0, 256, (2000,), dtype=torch.uint8)
+    addresses = memory.data_ptr() + ids_of(2000 - size + 1, count, seed)
+    fast, plain = torch.zeros(2, count, size, dtype=torch.uint8)
+    gather.copy(addresses, fast)
+    gather.copy_twin(addresses, plain)
+    assert torch.equal(fast, plain)
+
+
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(1, 130), count=counts, seed=seeds, scale=st.sampled_from([1e-38, 1e-6, 1.0, 1e30]))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import log as log_module
+from byrote.tables import disk, manifests, preads
 from byrote.tables.log import RowLog
 from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run
 
@@ -70,10 +70,10 @@ def test_it_is_a_dictionary_and_its_generations_stay_readable(tmp_path_factory, 
 def test_disk_follows_the_rows_and_not_the_steps(tmp_path):
     log, sizes, most = create(tmp_path), [], 0
     for step in range(300):
-        before = sum(log._written.values())
+        before = sum(log._live.written.values())
         log.write(*change(step))
         log.commit(step + 1)
-        most = max(most, sum(log._written.values()) - before)
+        most = max(most, sum(log._live.written.values()) - before)
         log.collect({step, step + 1})
         sizes.append(log.disk_bytes())
     assert len(log) == ROWS
@@ -85,7 +85,7 @@ def test_disk_follows_the_rows_and_not_the_steps(tmp_path):
 
 def test_memory_is_bounded_and_a_commit_writes_what_is_dirty(tmp_path):
     log = RowLog.create(tmp_path, num_rows=10**6, record_bytes=100, digest="d", budget=100_000)
-    assert log._buffer.nbytes < 100_000
+    assert log._dirty.records.nbytes < 100_000
     ids = np.arange(50_000)
     log.write(ids, np.ones((50_000, 100), np.uint8))  # far more than the buffer holds
     log.commit(1)
@@ -94,6 +94,29 @@ def test_memory_is_bounded_and_a_commit_writes_what_is_dirty(tmp_path):
     log.commit(2)
     assert log.disk_bytes() - before < 10 * 108 + 400
     assert log.read(ids)[1].sum() == 100 * (50_000 - 10)
+
+
+def test_memory_follows_the_rows_and_not_the_table(tmp_path):
+    log = RowLog.create(tmp_path, num_rows=10**15, record_bytes=8, digest="d", budget=10_000)
+    ids = np.random.default_rng(0).integers(0, 10**15, 20_000)
+    log.write(np.unique(ids), np.zeros((len(np.unique(ids)), 8), np.uint8))
+    assert log._live._places.num_bytes + log._dirty.records.nbytes < 33 * 20_000 + 10_000
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_cold_and_warm_records_are_the_same_bytes(tmp_path, monkeypatch, resident):
+    monkeypatch.setattr(preads, "resident", lambda *_: resident)
+    log = create(tmp_path, budget=500)
+    run(log, 21)
+    assert content(log) == state_after(21) and len(log._segments.reads.files) > 2
+    twice = np.random.default_rng(0).integers(0, ROWS, 3 * ROWS)
+    for size in (1, 7, BYTES):
+        found, records = log.read(twice, size)
+        assert np.array_equal(records, log.read(np.arange(ROWS), size)[1][twice]) and found.any()
+    segment = min(log._live.segments())
+    os.truncate(tmp_path / f"{segment:06d}.log", 20)
+    with pytest.raises(ValueError, match=rf"segment {segment} ends at byte 20, .*which generation 21 needs"):
+        log.read(twice)
 
 
 def kill_at_random(folder: Path, kills: int, steps: int) -> None:
@@ -167,7 +190,7 @@ def test_a_crash_at_every_operation(tmp_path, monkeypatch, torn):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
         with monkeypatch.context() as patch:
-            patch.setattr(log_module, "os", crashing(after, torn))
+            patch.setattr(disk, "os", crashing(after, torn))
             committed, log = 30, None
             try:
                 log = RowLog.open(folder, **SMALL)
@@ -191,7 +214,7 @@ def test_a_full_disk_leaves_the_last_commit(tmp_path, monkeypatch):
     log = create(tmp_path)
     run(log, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(log_module, "os", crashing(1, True, OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(disk, "os", crashing(1, True, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
             run(log, 9)
     with pytest.raises(ValueError, match="open it again"):
@@ -204,7 +227,7 @@ def test_a_full_disk_leaves_the_last_commit(tmp_path, monkeypatch):
 def test_torn_and_garbage_tails_do_not_count_and_torn_commits_are_found(tmp_path):
     log = create(tmp_path / "log")
     run(log, 3)
-    segment, length = log._manifest(3)[-1]
+    segment, length = manifests.read(tmp_path / "log", 3)[-1]
     log.write(*change(3))
     log._flush()  # written behind, not committed
     log.close()

@@ -102,8 +102,8 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
     outs = [np.empty((len(ids), width), np.uint8) for _ in range(2)]
     with open(path, "rb") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(preads, "RUN_BYTES", most)
-        preads.read(file.fileno(), 13, width, ids, outs[0], threads)
-        preads.read_twin(file.fileno(), 13, width, ids, outs[1])
+        preads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
+        preads.read_twin(file.fileno(), 13 + ids * width, outs[1])
     expected = content[13:].reshape(rows, width)[ids]
     assert (outs[0] == expected).all() and (outs[1] == expected).all()
 
@@ -115,16 +115,16 @@ def test_resident_tells_what_is_in_memory(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(preads, "numba_is_there", lambda: compiled)
     path = tmp_path / "file"
     path.write_bytes(b"x" * (1 << 20))
-    ids = np.arange(0, 1000, 50)
+    places = np.arange(0, 10**6, 50_000)
     with open(path, "rb") as file:
         file.read()
-        if not preads.resident(file.fileno(), 0, 1000, ids):
+        if not preads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system that always waits")
-        assert not preads.resident(file.fileno(), 0, 1000, np.array([10, 5000]))  # beyond the end
+        assert not preads.resident(file.fileno(), np.array([10_000, 5_000_000]), 1000)  # beyond the end
         os.fsync(os.open(path, os.O_RDWR))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if preads.resident(file.fileno(), 0, 1000, ids):
+        if preads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system in memory")
 
 

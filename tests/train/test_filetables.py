@@ -1,11 +1,13 @@
 """Training with tables in files equals training with tables in RAM to the last bit, whatever kills it."""
 
-import os
+import collections
+import contextlib
+import multiprocessing
 import random
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,22 +16,40 @@ import torch
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
 from byrote.tables import RamTable
+from byrote.tables.log import RowLog
+from byrote.train import trainer as trainer_module
 from byrote.train.checkpoint import checkpoints, latest
+from byrote.train.config import Recipe
 from byrote.train.filetables import logged_tables
 from byrote.train.run import finish, make_trainer
 
-CODE = """
-import sys
-from pathlib import Path
-from byrote.data.prepare import prepare
-from byrote.train.config import Recipe
-from byrote.train.run import make_trainer
-recipe, data, run = Recipe.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
-trainer = make_trainer(recipe, run, data, prepare(recipe.data.options, data), (run / "checkpoints").exists())
-trainer.save()
-print("ready", flush=True)
-trainer.train()
-"""
+STAGES = ["opening", "training", "saving", "committing", "committed", "collecting"]
+
+
+def work(recipe: Path, data: Path, run: Path, tell: Connection) -> None:
+    """Train `recipe` from where the run folder stands, in a process that may be killed; tell each stage that begins."""
+
+    def watch(owner, name, stage, after):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            tell.send(stage)
+            result = real(*args, **kwargs)
+            tell.send(after)
+            return result
+
+        setattr(owner, name, call)
+
+    watch(trainer_module, "save_checkpoint", "saving", "training")
+    watch(RowLog, "commit", "committing", "committed")  # then pointers, the optimizer's state, a rename, a rotation
+    watch(RowLog, "collect", "collecting", "committed")
+    tell.send("opening")
+    options, resumed = Recipe.load(recipe), (run / "checkpoints").exists()
+    trainer = make_trainer(options, run, data, prepare(options.data.options, data), resumed)
+    if not resumed:
+        trainer.save()
+    tell.send("training")
+    trainer.train()
 
 
 @pytest.fixture
@@ -101,23 +121,56 @@ def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
         EngramForCausalLM.from_pretrained(latest(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, kills):
-    settings = {"steps": 40 * kills + 40, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
+def killed_in(process: BaseProcess, told: Connection, rng: random.Random, first: bool) -> str:
+    """Kill it at a random moment, or a little after a random stage began; the stage that it was in."""
+    wanted, count = rng.choice(STAGES[first:]), rng.randrange(1, 12)
+    if first or wanted != "opening":  # a run without any checkpoint cannot be resumed
+        while told.recv() != "training":
+            pass
+    if rng.random() < 0.5:
+        time.sleep(0.3 * rng.random())
+    elif wanted != "opening":
+        for _ in range(count):
+            while told.recv() != wanted:
+                pass
+        time.sleep(0.003 * rng.random())
+    assert process.is_alive(), "it came to its end before it was killed"
+    process.kill()
+    process.join()
+    stage = wanted
+    with contextlib.suppress(EOFError):
+        while told.poll():
+            stage = told.recv()
+    return stage
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, monkeypatch, kills):
+    settings = {"steps": 12 * kills + 40, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
     make_recipe(**settings).save(tmp_path / "recipe.json")
-    arguments = [str(tmp_path / "recipe.json"), str(corpus / "prepared"), str(tmp_path / "killed")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    rng = random.Random(0)
-    for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = multiprocessing.get_context("forkserver")  # its server imports once; what it forks has no threads
+    processes.set_forkserver_preload(["byrote.train.run"])
+    rng, stages = random.Random(0), collections.Counter()
+
+    def start() -> tuple[BaseProcess, Connection]:
+        told, tell = processes.Pipe(duplex=False)
+        process = processes.Process(
+            target=work, args=(tmp_path / "recipe.json", corpus / "prepared", tmp_path / "killed", tell)
         )
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        time.sleep(rng.random())
-        assert process.poll() is None, "it came to its end before it was killed"
-        process.kill()
-        process.wait()
-    subprocess.run([sys.executable, "-c", CODE, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+        process.start()
+        tell.close()
+        return process, told
+
+    for kill in range(kills):
+        stages[killed_in(*start(), rng, kill == 0)] += 1
+    print(f"{kills} kills: {dict(stages)}")
+    process, told = start()
+    with contextlib.suppress(EOFError):
+        while told.recv():
+            pass
+    process.join()
+    assert process.exitcode == 0 and (kills < 50 or stages.keys() == set(STAGES))
     straight = train("straight", **{**settings, "placement": "host", "checkpoint_every": 0})
     killed = EngramForCausalLM.from_pretrained(latest(tmp_path / "killed"), placement="file")
     assert_equal(straight, killed)

@@ -35,7 +35,7 @@ def make(seed=0, **overrides) -> EngramForCausalLM:
     return EngramForCausalLM(EngramConfig.from_preset("nano", vocab_size=32, memory_layers=[1, 2], **overrides))
 
 
-def trainer(model, folder, *, callback=True, lr=3e-3, **options) -> Trainer:
+def trainer(model, folder, *, callback=True, lr=3e-3, placement="host", **options) -> Trainer:
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -53,15 +53,15 @@ def trainer(model, folder, *, callback=True, lr=3e-3, **options) -> Trainer:
         train_dataset=Tokens(),
         eval_dataset=Tokens(8, seed=2),
         optimizers=(Optimizer(model, lr=lr), None),
-        callbacks=[TableCallback()] if callback else [],
+        callbacks=[TableCallback(placement=placement)] if callback else [],
     )
 
 
 def snapshot(model):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for layer, memory in model.model.memories.items():
-        state[f"rows.{layer}"] = memory.table.rows.clone()
         rows = torch.arange(memory.table.num_rows)
+        state[f"rows.{layer}"] = memory.table.read(rows)
         fields = Optimizer(model).rule.fields(memory.table.width)
         state |= {f"{name}.{layer}": value for name, value in memory.table.read_state(rows, fields).items()}
     return state

@@ -222,7 +222,8 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         """As DLCMModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
 
         `boundary_counts` [2]: boundaries and tokens of the whole step, over all processes and micro-batches, divided by
-        the number of processes; unless given, those of this batch, over all processes. `skip_logits`: with labels,
+        the number of processes; unless given, those of this batch, over all processes, and the loss of their rate is
+        weighted by the share of `num_items_in_batch` that this batch predicts. `skip_logits`: with labels,
         make and return no logits.
         """
         check_labels(labels, input_ids, self.config.vocab_size)
@@ -254,7 +255,9 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
             if self.training and outputs.balance_loss is not None:
                 loss = loss + self.config.balance_loss_alpha * (outputs.balance_loss * items).sum() / total
             if self.training and outputs.boundaries is not None and self.config.boundary_mode != "rule":
-                counts = _over_processes(outputs) if boundary_counts is None else boundary_counts
+                counts, predicted = boundary_counts, total
+                if counts is None:
+                    counts, predicted = _over_processes(outputs, items.sum())
                 parser = parser_loss(
                     outputs.boundary_probabilities,
                     outputs.boundaries,
@@ -262,6 +265,8 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
                     self.config.compression_ratio,
                     counts,
                 )
+                if num_items_in_batch is not None:  # one micro-batch, which knows its own rate alone, of several
+                    parser = parser * (predicted / total)
                 loss = loss + self.config.boundary_weight * parser
         return DLCMOutput(
             loss=loss,
@@ -275,13 +280,15 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         )
 
 
-def _over_processes(outputs: DLCMModelOutput) -> Tensor | None:
+def _over_processes(outputs: DLCMModelOutput, items: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Boundaries and tokens, None if there is one process alone; predicted tokens: means over the processes."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
+        return None, items
     assert outputs.boundaries is not None and outputs.alive is not None
-    counts = torch.stack([outputs.boundaries.sum(), outputs.alive.sum()]).to(torch.float64)
+    counts = torch.stack([outputs.boundaries.sum(), outputs.alive.sum(), items]).to(torch.float64)
     dist.all_reduce(counts)
-    return counts / dist.get_world_size()
+    counts /= dist.get_world_size()
+    return counts[:2], counts[2]
 
 
 def _attention_cache(cache: Cache | None, layer: int) -> Any:

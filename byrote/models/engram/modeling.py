@@ -34,6 +34,7 @@ from byrote.models.memories import make_memories, memory_fields
 from byrote.models.place import length, place
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
+from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
 
 
@@ -46,7 +47,7 @@ class EngramModel(EngramPreTrainedModel):
         self.memories = make_memories(config, vocabulary)
         self.layers = nn.ModuleList([EngramBlock(config, i) for i in range(config.num_hidden_layers)])
         self.exit = exit_of(config, config.hidden_size)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mtp = nn.ModuleList([_prediction_module(config, k) for k in range(config.num_nextn_predict_layers)])
         self.gradient_checkpointing = False
         self.post_init()
@@ -93,7 +94,8 @@ class EngramModel(EngramPreTrainedModel):
         state = None if past_key_values is None else self.attach_memory_state(past_key_values)
         if state is not None:
             state.begin(input_ids.shape[0], self.embed_tokens.weight.dtype, input_ids.device)
-        sequence, mask = place(input_ids, attention_mask, position_ids, past, past_key_values, state)
+        places = attention_mask, position_ids, past, past_key_values, state
+        sequence, mask = place(input_ids, *places, single_sees_all=True)
         if self.memories is None:
             tickets = {}
             check_known(input_ids, self.config.vocab_size, sequence.alive)

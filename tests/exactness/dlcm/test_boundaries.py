@@ -91,6 +91,23 @@ def test_rows_of_other_documents_and_padding(model, ids):
     assert not run.boundaries[2].any() and run.logits.isfinite().all()
 
 
+def test_positions_are_relative(model, ids):
+    """A document may begin at any position, and every token may be a document."""
+    whole = full_forward(model, ids)
+    shifted = full_forward(model, ids, position_ids=torch.arange(5, LENGTH + 5)[None])
+    assert_same(model, shifted, whole)
+    alone = full_forward(model, ids, position_ids=torch.zeros_like(ids))
+    assert alone.boundaries.all()
+    each = full_forward(model, ids.reshape(-1, 1))
+    torch.testing.assert_close(alone.logits.flatten(0, 1), each.logits[:, 0], atol=1e-5, rtol=0)
+
+
+def test_forced_boundaries_under_padding_are_none(model, ids):
+    batch, mask, _ = padded(ids, "left")
+    run = full_forward(model, batch, attention_mask=mask, boundaries=torch.ones_like(ids, dtype=torch.bool))
+    assert torch.equal(run.boundaries, mask.bool())
+
+
 @torch.no_grad()
 def test_the_last_document_goes_on_without_position_ids(model, ids):
     documents, row, positions = packed(ids)

@@ -55,7 +55,7 @@ def assert_invariants(cache, boundaries, length):
         assert torch.equal(formed, boundaries[row].nonzero().squeeze(1))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_chunked_prefill(model, ids, seed):
     run, cache = check(model, ids, random_sizes(LENGTH, seed), masked=seed == 1)
     assert sum(run.concepts) == run.boundaries.sum()

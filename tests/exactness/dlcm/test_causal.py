@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.exactness.dlcm.conftest import LENGTH, TOLERANCE, VARIANTS, assert_same, build, full_forward
+from tests.exactness.dlcm.conftest import LENGTH, SLOW, TOLERANCE, VARIANTS, assert_same, build, full_forward
 
 
 def test_rows_form_concepts_at_different_steps(model, ids):
@@ -21,7 +21,7 @@ def test_every_prefix(model, ids):
         assert_same(model, full_forward(model, ids[:, :length]), whole, slice(length))
 
 
-@pytest.mark.parametrize("at", [1, 9, 22])
+@pytest.mark.parametrize("at", [9, 22])
 def test_another_future(model, ids, at):
     changed = ids.clone()
     changed[:, at:] = (ids[:, at:] * 7 + 1) % 20
@@ -43,10 +43,9 @@ def jacobian_ahead(model, ids, boundaries):
     return ahead, own
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_jacobian_with_boundaries_held(model, ids, forced, training):
+def test_jacobian_with_boundaries_held(model, ids, forced):
     """Where boundaries are is a step function of the text: gradients do not see it, and prefixes see nothing else."""
-    ahead, own = jacobian_ahead(model.train(training), ids, forced)
+    ahead, own = jacobian_ahead(model, ids, forced)
     assert ahead == 0 and own > 0
 
 
@@ -94,7 +93,7 @@ def test_nothing_can_be_learned_of_noise(convention, mode):
 
 
 def test_variants_cover_every_option():
-    configs = [build(**overrides).config for overrides in VARIANTS.values()]
+    configs = [build(**overrides).config for name, overrides in VARIANTS.items() if name not in SLOW]
     for field, values in {
         "boundary_convention": {"close", "open"},
         "concept_weighting": {"replicated", "uniform"},

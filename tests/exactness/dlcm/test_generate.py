@@ -37,9 +37,10 @@ def test_left_padded_batch(model, ids):
     batch, mask = torch.zeros(2, 24, dtype=torch.long), torch.zeros(2, 24, dtype=torch.long)
     batch[0], mask[0] = ids[0], 1
     batch[1, 17:], mask[1, 17:] = ids[1, :7], 1
-    out = greedy(model, batch, attention_mask=mask)
-    assert torch.equal(out[0], greedy_by_hand(model, ids[:1])[0])
-    assert torch.equal(out[1, 17:], greedy_by_hand(model, ids[1:2, :7])[0])
+    for options in ({}, {"cache_implementation": "static"}):
+        out = greedy(model, batch, attention_mask=mask, **options)
+        assert torch.equal(out[0], greedy_by_hand(model, ids[:1])[0])
+        assert torch.equal(out[1, 17:], greedy_by_hand(model, ids[1:2, :7])[0])
 
 
 def test_a_row_that_ends_before_the_others(model, ids):

@@ -12,8 +12,7 @@ def wrong(ids):
     return (ids * 7 + 1) % 20
 
 
-@pytest.mark.parametrize("parts", [(5,), (1, 3, 1)])
-@pytest.mark.parametrize("sizes", [(5,), (2, 1, 2)])
+@pytest.mark.parametrize(("sizes", "parts"), [((5,), (5,)), ((2, 1, 2), (1, 3, 1))])
 def test_over_none_one_and_two_boundaries(model, ids, forced, sizes, parts):
     """Recording begins after 12 tokens; the last five of 24 are taken back, and others come in their place."""
     cut = LENGTH - 5
