@@ -244,3 +244,17 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(ids, starts, tail), run(ids, starts, tail), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_compiled_remainders_are_those_of_integers():
+    """Over all of int64, for primes of all sizes, at their multiples and at the ends."""
+    kernels = pytest.importorskip("byrote.address.kernels")
+    primes = np.array([[2, 3, 7, 65_537, 2_147_483_647, 4_294_967_311, 2**61 - 1, 2**63 - 25]])
+    generator = np.random.default_rng(0)
+    edges = [k * p + d for p in primes[0].tolist() for k in (-3, -1, 0, 1, 2**62 // p) for d in (-1, 0, 1)]
+    edges = [x for x in edges if -(2**63) < x < 2**63] + [-(2**63) + 1, 2**63 - 1]
+    mixes = np.concatenate([np.array(edges), generator.integers(-(2**63) + 1, 2**63 - 1, 5000)])
+    seen = np.stack([mixes, np.zeros_like(mixes)], 1)
+    out = np.empty((len(mixes), primes.size), np.int64)
+    kernels.hash_windows(seen, np.array([1, 1]), primes, np.zeros(primes.size, np.int64), 0, out)
+    assert out.tolist() == [[x % p for p in primes[0].tolist()] for x in mixes.tolist()]
