@@ -11,17 +11,20 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: .venv/.installed
 	$(BIN)/byrote demo
 
+# A file of tests stays with one process: what it sets up for the whole file is set up once.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/.installed-dev
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # With the interpreter's own packages, PYTHON=python3, since a GPU machine may not be able to install any. First the
 # exactness suite, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of concepts against a plain
