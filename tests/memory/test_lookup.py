@@ -214,12 +214,7 @@ def train_beside_a_large_table() -> None:
     stats = memory.table.stats()
     assert 0 < stats["rows_touched"] <= 2 * 32 * 4
     assert stats["state_bytes"] < stats["bytes"] / 32
-    # The rule state has address space for every row and memory for touched ones, which is what `grown` shows.
-    reserved = memory.table._state.arrays.values()
-    assert sum(t.nbytes for t in reserved) > 8 * grown
-    spaces = {t.untyped_storage().data_ptr() for t in reserved}
     alive = [t for t in gc.get_objects() if torch.is_tensor(t) and t.numel() >= stats["num_rows"]]
-    alive = [t for t in alive if t.untyped_storage().data_ptr() not in spaces]
     assert {tuple(t.shape) for t in alive} <= {(stats["num_rows"], 64), (stats["num_rows"],)}
     assert sum(t.numel() * t.element_size() for t in alive) <= 1.05 * stats["bytes"]
 
