@@ -59,6 +59,8 @@ def generate(
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=not greedy, streamer=shown, **sampling)
     seconds = time.perf_counter() - began
+    if placement is Placement.file:
+        typer.echo(_reads(model.memory_stack), err=True)
     if not stream:
         typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
     if drafting:
@@ -68,3 +70,18 @@ def generate(
             f"drafts: {counts.accepted} of {counts.drafted} accepted ({share:.0%}), "
             f"{new / counts.forwards:.2f} tokens a forward, {new / seconds:.1f} tokens/s"
         )
+
+
+def _reads(stack: Any) -> str:
+    """What was read of tables in files, how long it took and how much of that was waited for."""
+    memories = [] if stack is None else [memory for _, memory in stack.items()]
+    if not memories:
+        return "tables: none"
+    read, waited = stack.read_times()
+    text = f"tables: reads took {read:.3f} s, {1 - waited / read if read else 0:.0%} of it hidden"
+    if all("hits" in memory.table.stats() for memory in memories):
+        found = [memory.table.stats() for memory in memories]
+        hits = sum(stats["hits"] for stats in found) / len(found)  # each is asked for as many rows
+        fetched = sum(stats["bytes_fetched"] for stats in found)
+        text += f"; {hits:.0%} of the rows were in the cache, {fetched:,} bytes came from files"
+    return text

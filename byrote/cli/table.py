@@ -86,7 +86,8 @@ def stats(
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small tables: seconds, not minutes.")] = False,
     folder: Annotated[
-        Path | None, typer.Option(help="Read a file of 10 GB too (quick: 0.3 GB), made here, then deleted.")
+        Path | None,
+        typer.Option(help="Read files of 10 GB too, and decode with them (quick: 0.3 GB); made here, then deleted."),
     ] = None,
     fbgemm: Annotated[
         Path | None, typer.Option(help="A Python interpreter that has FBGEMM (fbgemm-gpu-cpu), to compare with.")
@@ -131,10 +132,22 @@ def bench(
         console.print("rows out of a file: not measured, give a --folder with 12 GB of space")
     elif not engramdb_is_there():
         console.print("engramdb-python: not installed, so there are no rows against it")
+    memory = None
+    if folder is not None:
+        from byrote.lab.decode_bench import decode_memory, memory_line
+
+        memory = decode_memory(Options(quick, folder=folder))
+        console.print(memory_line(memory), highlight=False)
     for size in sizes:
         what = f"state of {size['rule']}, rows of {size['width']}: {size['bytes']:.3f} bytes for each {size['of each']}"
         console.print(f"{what}, {size['resident']:.3f} of memory ({size['target']})", highlight=False)
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-        content = {"machine": machine, "quick": quick, "rows": [row.to_dict() for row in rows], "state": sizes}
+        content = {
+            "machine": machine,
+            "quick": quick,
+            "rows": [row.to_dict() for row in rows],
+            "state": sizes,
+            "decode": memory,
+        }
         json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -6,17 +6,21 @@ what the uninterrupted one would have.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Full, Queue
 
 from byrote.data.packing import Batch, Packer
 
 
 class Loader:
-    """Iterates over batches forever. `ahead`: how many lie ready at most; 0 packs in the caller's thread."""
+    """Iterates over batches forever. `ahead`: how many lie ready at most; 0 packs in the caller's thread.
 
-    def __init__(self, packer: Packer, ahead: int = 4):
-        self.packer, self.ahead = packer, ahead
+    `prepare(batch)` is called on the thread with each batch before it lies ready, to fetch what its step will need; it
+    must change nothing.
+    """
+
+    def __init__(self, packer: Packer, ahead: int = 4, prepare: Callable[[Batch], None] | None = None):
+        self.packer, self.ahead, self.prepare = packer, ahead, prepare
         self.taken = 0
         self._queue: Queue[Batch | Exception] | None = None
         self._stop = threading.Event()
@@ -72,7 +76,10 @@ class Loader:
     def _pack(self, queue: "Queue[Batch | Exception]", stop: threading.Event, number: int) -> None:
         while not stop.is_set():
             try:
-                item: Batch | Exception = self.packer.batch(number)
+                batch = self.packer.batch(number)
+                if self.prepare is not None:
+                    self.prepare(batch)
+                item: Batch | Exception = batch
             except Exception as error:
                 item = error
             while not stop.is_set():

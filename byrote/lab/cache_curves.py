@@ -3,7 +3,7 @@
 The tokens of a corpus pass through the addresses of a memory as in a forward: documents apart, `batch` tokens at a
 time, each row counted once a batch. The first half warms the cache up, the second is counted. For each order and size:
 
-    hits   share of a batch's rows that byrote.tables.cache would have had
+    hits   share of a batch's rows that byrote.tables.places would have had
     best   the same for the rows that the second half reads most, known beforehand and never changed: a bound on what
            any choice of a fixed set of rows could do
 
@@ -23,7 +23,7 @@ import numpy as np
 from byrote.address.hashing import canonical_ids, hash_windows, windows
 from byrote.address.spec import AddressSpec, LayerAddress
 from byrote.data.packing import Tokens
-from byrote.tables.cache import WAYS, Places
+from byrote.tables.places import WAYS, Places
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _curve(order: int, reads: list[np.ndarray], points: int, report: Callable[[i
     for i, size in enumerate(sizes):
         places, found = Places(size), 0
         for number, rows in enumerate(reads):
-            inside = places.find(rows) >= 0
+            inside = places.find(rows).places >= 0
             found += int(inside.sum()) if number >= half else 0
             places.admit(rows[~inside])
         hits.append(found / len(counted))

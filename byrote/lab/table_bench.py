@@ -26,5 +26,8 @@ def run(options: Options) -> Iterator[Row]:
             yield from benchmark(options)
         if options.folder is not None:
             yield from bench_files(options)
+            from byrote.lab.decode_bench import bench_decode
+
+            yield from bench_decode(options)
     finally:
         torch.set_num_threads(threads)

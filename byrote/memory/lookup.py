@@ -4,12 +4,14 @@
     accumulate(gradient, rows, handle) -> zeros [1]            its backward; the gradient of the anchor
 
 The row gradients leave the graph here: they wait in the table's `Pending` until `optimizer.step` consumes them.
-There is no double backward. A `handle` is a plain integer, so that the two ops can stand in a compiled graph.
+There is no double backward. A `handle` is a plain integer, so that the two ops can stand in a compiled graph. Rows
+that were asked for ahead of time (`prefetch.py`) are known by the tensor of their ids; `gather` then waits for them.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from byrote.memory.prefetch import Reading, Times, begin, warm
 from byrote.tables.gather import nonzero_rows
 from byrote.tables.table import Table
 
@@ -65,18 +68,50 @@ def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class Lookup:
-    """One table as the graph sees it: a handle, the table, and the gradients that wait for it."""
+    """One table as the graph sees it: a handle, the table, the gradients that wait for it, the reads under way."""
 
     table: Table
     pending: Pending = field(default_factory=Pending)
+    times: Times = field(default_factory=Times)
     handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.handle = next(_handles)
         _lookups[self.handle] = self
+        # By the address of the row ids, which a reading keeps: no other tensor can have it meanwhile.
+        self._readings: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lookup:
         return self  # a copied model shares the table, and with it what waits for the table
+
+    def begin(self, rows: Tensor) -> Reading | None:
+        """Begin to read rows [...], if that is better done ahead of time."""
+        reading = begin(self.table, rows, self.times)
+        if reading is not None:
+            self._readings[rows.data_ptr()] = reading
+        return reading
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Rows [..., W] as they are now, out of a read that was begun if there is one."""
+        reading = self._readings.get(rows.data_ptr())
+        if reading is not None and reading.rows.shape == rows.shape and reading.rows.stride() == rows.stride():
+            values = reading.take()
+            if values is not None:
+                return values
+        began = time.perf_counter()
+        values = self.table.read(rows)
+        took = time.perf_counter() - began
+        self.times.add(took, took)
+        return values
+
+    def warm(self, rows: Tensor) -> None:
+        """Bring rows into memory, to be read later."""
+        warm(self.table, rows.cpu(), self.times)
+
+    def stats(self) -> dict[str, Any]:
+        """Those of the table, and what its reads took: `hidden` is the share of that for which no forward waited."""
+        times = {"read_seconds": self.times.read, "waited_seconds": self.times.waited, "hidden": self.times.hidden}
+        return {**self.table.stats(), **times}
 
 
 _handles = itertools.count(1)
@@ -94,6 +129,7 @@ class Ticket:
     rows: Tensor
     anchor: Tensor
     lookup: Lookup
+    reading: Reading | None = None  # under way since the top of the forward
 
     def wait(self) -> Tensor:
         """The memory of every token, [B, T, C * W]: its C rows side by side. May be called again."""
@@ -103,7 +139,7 @@ class Ticket:
 @torch.library.custom_op("byrote::gather", mutates_args=())
 def gather(anchor: Tensor, rows: Tensor, handle: int) -> Tensor:
     """Rows [..., W] of row ids [...] in float32. `anchor` [1] carries no value, only the graph."""
-    return _lookups[handle].table.read(rows)
+    return _lookups[handle].read(rows)
 
 
 @gather.register_fake

@@ -8,7 +8,7 @@ what belongs into a `state_dict`: the vocabulary map, and for each table an anch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
 from byrote.memory.lookup import Lookup, Ticket
-from byrote.memory.sequence import Sequence
+from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
 from byrote.tables.device import DeviceTable
 from byrote.tables.logged import LoggedTable
@@ -60,7 +60,7 @@ class Memory(nn.Module):
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
         self._check_generation()
-        return Ticket(rows, self.anchor, self.lookup)
+        return Ticket(rows, self.anchor, self.lookup, self.lookup.begin(rows))
 
     def commit(self) -> None:
         """Close one step of row updates, here and in the table."""
@@ -115,17 +115,36 @@ class MemoryStack(nn.Module):
     @torch.compiler.disable  # reads start before a compiled region
     def forward(self, input_ids: Tensor, sequence: Sequence, state: MemoryState | None) -> dict[int, Ticket]:
         """Tickets by layer id for token ids [B, T]; moves the look-back in `state` on."""
-        self._check_vocabulary()
-        ids = canonical_ids(self.vocabulary, input_ids, sequence.alive)
-        tail = ids.new_full((ids.shape[0], self.spec.max_order - 1), DEAD) if state is None else state.tails["ids"]
-        window = windows(ids, sequence.starts, tail, self.spec.max_order)
-        tickets = {
-            layer_id: memory.ticket(hash_rows(window, self.spec.layer(layer_id), self.spec.pad_id))
-            for layer_id, memory in self.items()
-        }
+        ids, rows = self._addresses(input_ids, sequence, None if state is None else state.tails["ids"])
+        tickets = {layer_id: self.memories[str(layer_id)].ticket(its_rows) for layer_id, its_rows in rows}  # type: ignore[operator]
         if state is not None:
             state.advance("ids", ids, sequence)
         return tickets
+
+    @torch.no_grad()
+    def warm(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Bring the rows of packed token ids [B, T] into memory, where reading them would wait for a device.
+
+        On any thread, at any time: it changes nothing.
+        """
+        if not any(hasattr(memory.table, "warm") for _, memory in self.items()):
+            return
+        input_ids, position_ids = (x.to(self.vocabulary.device) for x in (input_ids, position_ids))
+        first, alive = torch.zeros_like(input_ids[:, :1]), torch.ones_like(input_ids, dtype=torch.bool)
+        sequence = Sequence.place(position_ids, alive, 0, first + NO_POSITION, first)
+        for layer_id, rows in self._addresses(input_ids, sequence, None)[1]:
+            self.memories[str(layer_id)].lookup.warm(rows)  # type: ignore[union-attr, operator]
+
+    def _addresses(
+        self, input_ids: Tensor, sequence: Sequence, tail: Tensor | None
+    ) -> tuple[Tensor, Iterator[tuple[int, Tensor]]]:
+        """Canonical ids [B, T], and of each layer its id and row ids [B, T, C], one after the other."""
+        self._check_vocabulary()
+        ids = canonical_ids(self.vocabulary, input_ids, sequence.alive)
+        if tail is None:
+            tail = ids.new_full((ids.shape[0], self.spec.max_order - 1), DEAD)
+        window = windows(ids, sequence.starts, tail, self.spec.max_order)
+        return ids, ((layer.layer_id, hash_rows(window, layer, self.spec.pad_id)) for layer in self.spec.layers)
 
     def shard(self) -> None:
         """Spread the rows of every table over the ranks of the process group. All ranks call it."""
@@ -152,6 +171,11 @@ class MemoryStack(nn.Module):
     @property
     def sharded(self) -> bool:
         return any(isinstance(memory.table, ShardedTable) for _, memory in self.items())
+
+    def read_times(self) -> tuple[float, float]:
+        """Seconds that reads of all tables took, and for how many of them a forward stood still."""
+        times = [memory.lookup.times for _, memory in self.items()]
+        return sum(each.read for each in times), sum(each.waited for each in times)
 
     def drop_pending(self) -> None:
         for _, memory in self.items():

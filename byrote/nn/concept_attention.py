@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from byrote.nn.gqa import FEW, attend, attend_few, split_heads
+from byrote.nn.norm import RMSNorm
 
 Weighting = Literal["replicated", "uniform"]
 Kernel = Literal["dense", "sdpa", "flex", "varlen"]
@@ -109,13 +110,13 @@ class ConceptAttention(nn.Module):
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel!r}: it must be one of {KERNELS}")
         self.head_dim, self.weighting, self.kernel = head_dim, weighting, kernel
-        self.token_norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.concept_norm = nn.RMSNorm(concept_size, eps=eps)
+        self.token_norm = RMSNorm(hidden_size, eps=eps)
+        self.concept_norm = RMSNorm(concept_size, eps=eps)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(concept_size, num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(concept_size, num_key_value_heads * head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps)
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps)
+        self.q_norm = RMSNorm(head_dim, eps=eps)
+        self.k_norm = RMSNorm(head_dim, eps=eps)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def keys(self, z: Tensor) -> tuple[Tensor, Tensor]:

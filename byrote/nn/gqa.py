@@ -43,7 +43,7 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Attend. Without a mask: plain causal over x, which then must be all there is.
+        """Attend. Without a mask: plain causal over x, which then must be all there is; or one token, which sees all.
 
         `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each.
         """
@@ -53,12 +53,12 @@ class GroupedQueryAttention(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             key, value = cache(key, value)
-        if mask is None and key.shape[2] != x.shape[1]:
+        if mask is None and key.shape[2] != x.shape[1] > 1:
             raise ValueError(
                 f"mask=None with {key.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
-                "forward without a past can go without"
+                "forward without a past, or of a single token, can go without"
             )
-        few = mask is not None and cache is not None and x.shape[1] <= FEW
+        few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
         out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

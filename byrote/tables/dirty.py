@@ -20,6 +20,10 @@ class DirtyRows:
     def __len__(self) -> int:
         return len(self._places)
 
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Bool [N]."""
+        return self._places.get(ids) >= 0
+
     def read_into(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
         """found [N]; the heads of what is found of ids [N] go to records [N, up to B]."""
         places = self._places.get(ids)

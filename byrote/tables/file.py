@@ -33,6 +33,8 @@ DTYPES = {"U8": torch.uint8, **NUMBERS}
 class FileTable:
     """R rows of W values. `codec`: in which rows can be stored without loss; `path`: of the file, or of the folder."""
 
+    writes = 0
+
     def __init__(
         self, path: Path, values: RowsFile, *, width: int, codec: str, digest: str, generation: int = 0,
         scales: RowsFile | None = None, form: Form | None = None,
@@ -104,6 +106,20 @@ class FileTable:
         if form.codec is None or scales is None:
             return form.decode(records, scales).index_select(0, inverse)
         return gather.decode(torch.cat([records, scales], 1), inverse, self._codec, _empty(len(ids), self.width))
+
+    def cold(self, rows: Tensor) -> bool:
+        ids = rows.reshape(-1)
+        check_row_ids(ids, self.num_rows)
+        return not all([file.resident(ids) for file in self._files()])
+
+    def warm(self, rows: Tensor) -> None:
+        ids = rows.reshape(-1)
+        check_row_ids(ids, self.num_rows)
+        for file in self._files():
+            file.warm(ids)
+
+    def _files(self) -> list[RowsFile]:
+        return [self._values] if self._scales is None else [self._values, self._scales]
 
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
         """Zeros: a file of rows has no rule state."""

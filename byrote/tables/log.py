@@ -18,9 +18,11 @@ than half is alive is copied on, but no more than as many records as were writte
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -31,6 +33,19 @@ from byrote.tables.segment_reads import Damaged
 from byrote.tables.segments import Segments
 
 FORMAT_VERSION = 1
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[P, R]) -> Callable[P, R]:
+    """One at a time: rows may be read on another thread than they are written on."""
+
+    @functools.wraps(method)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with args[0]._busy:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked
 
 
 class RowLog:
@@ -46,6 +61,7 @@ class RowLog:
         self._fresh = 0  # records since the last commit
         self._lock: IO[bytes] | None = None
         self._failed = False
+        self._busy = threading.RLock()
 
     @classmethod
     def create(
@@ -99,6 +115,7 @@ class RowLog:
             raise
         return log
 
+    @_alone
     def lock(self) -> None:
         """Take the right to write, for a log that was opened without."""
         if self._lock is None:
@@ -111,10 +128,17 @@ class RowLog:
         """Rows that differ from the base."""
         return len(self.rows())
 
+    @_alone
     def rows(self) -> np.ndarray:
         """Ids of the changed rows, ascending."""
         return np.union1d(self._live.rows(), self._dirty.items()[0])
 
+    @_alone
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Bool [N]: the rows of ids [N] that differ from the base."""
+        return self._dirty.holds(ids) | (self._live.places(ids) >= 0)
+
+    @_alone
     def read(self, ids: np.ndarray, num_bytes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """found [N], and the first `num_bytes` (all unless given) of the records of ids [N]; zeros where not found."""
         size = self.record_bytes if num_bytes is None else num_bytes
@@ -128,6 +152,7 @@ class RowLog:
             records[cold] = self._segments.reads.read(places, size)
         return found, records
 
+    @_alone
     def write(self, ids: np.ndarray, records: np.ndarray) -> None:
         """Set the records [U, B] of unique ids [U]."""
         self._check_writable()
@@ -144,6 +169,7 @@ class RowLog:
                 self._flush()
                 self._dirty.put(*part)
 
+    @_alone
     def commit(self, generation: int) -> None:
         """Make the present state durable as `generation`. When it returns, it survives; before, the last one does."""
         self._check_writable()
@@ -159,6 +185,7 @@ class RowLog:
         """The committed ones, ascending."""
         return manifests.generations(self.folder)
 
+    @_alone
     def collect(self, keep: Iterable[int]) -> None:
         """Delete the generations that are not in `keep` (the present one stays), and segments that nothing needs."""
         self._check_writable()
@@ -176,6 +203,7 @@ class RowLog:
     def disk_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
+    @_alone
     def unlock(self) -> None:
         """Give the right to write back; what is committed stays readable here."""
         if self._lock is not None:
@@ -183,6 +211,7 @@ class RowLog:
         self._lock, self._segments.current = None, 0
         self._failed = self._failed or bool(len(self._dirty) or self._fresh)
 
+    @_alone
     def close(self) -> None:
         """Give files and lock back. What was not committed is lost."""
         self._segments.close()

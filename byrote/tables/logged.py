@@ -53,7 +53,7 @@ class LoggedTable:
         self.base, self.log, self.record = base, log, Record(base.codec, base.width, fields)
         self.fields = self.record.fields
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
-        self.generation = generation
+        self.generation, self.writes = generation, 0
 
     @classmethod
     def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
@@ -100,11 +100,26 @@ class LoggedTable:
         flat = rows.reshape(-1).cpu()
         found, records = self.log.read(flat.numpy(), self.record.head)
         logged, rest = (torch.from_numpy(np.flatnonzero(which)) for which in (found, ~found))
+        if not len(logged):
+            return self.base.read(rows)
         values = torch.empty(len(flat), self.width)
         values[logged] = self.record.values(records[found])
         if len(rest):
             values[rest] = self.base.read(flat[rest])
         return values.view(*rows.shape, self.width).to(rows.device)
+
+    def cold(self, rows: Tensor) -> bool:
+        """Of the base's rows: the log was written or read by this process not long ago."""
+        return hasattr(self.base, "cold") and self.base.cold(self._not_logged(rows))
+
+    def warm(self, rows: Tensor) -> None:
+        if hasattr(self.base, "warm"):
+            self.base.warm(self._not_logged(rows))
+
+    def _not_logged(self, rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1)
+        check_row_ids(flat, self.num_rows)
+        return flat[torch.from_numpy(~self.log.holds(flat.numpy()))]
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
@@ -127,6 +142,7 @@ class LoggedTable:
             self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
             records = np.empty((len(ids), self.log.record_bytes), np.uint8)
             self.record.set_state(records, state)
+        self.writes += 1
         self.record.set_values(records, values, chance(self.digest, self.generation))
         self.log.write(ids, records)
 

@@ -24,6 +24,7 @@ import numpy as np
 from byrote.compiled import numba_is_there
 
 THREADS = 8  # a thread's reads are all under way at once
+LEAST = 16  # records for which a thread is worth its start: all reads of one thread are under way at once in any case
 RUN_BYTES = 1 << 20  # of neighbours in one read
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
@@ -32,8 +33,9 @@ def read(files: Sequence[tuple[int, int]], places: np.ndarray, out: np.ndarray, 
     """Places int64, of each file ascending; `out` uint8 [U, size], contiguous. What a thread raises is raised here."""
     assert out.dtype == np.uint8 and len(out) == len(places) and out.flags.c_contiguous
     one = _read_compiled if numba_is_there() and NOWAIT is not None else read_twin
-    ends = np.cumsum([count for _, count in files])
-    cuts = np.unique(np.concatenate([[0], ends, np.linspace(0, len(places), threads + 1).astype(np.int64)])).tolist()
+    count = min(threads, -(-len(places) // LEAST))
+    ends = np.cumsum([number for _, number in files])
+    cuts = np.unique(np.concatenate([[0], ends, np.linspace(0, len(places), count + 1).astype(np.int64)])).tolist()
     parts = [(files[int(np.searchsorted(ends, begin, "right"))][0], begin, end) for begin, end in pairwise(cuts)]
     if len(parts) == 1:
         one(parts[0][0], places, out)

@@ -55,7 +55,7 @@ class RamTable:
             raise ValueError(f"codec must be one of {sorted(CODECS)}, got {codec!r}")
         self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
         self._codec = CODECS[codec]
-        self.generation = 0
+        self.generation = self.writes = 0
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
         self._state = TouchedState(num_rows)
@@ -126,6 +126,7 @@ class RamTable:
         if state is not None:
             self._check_state(rows, state)
         records = self._codec.encode(values.to(self.device, torch.float32), chance(self.digest, self.generation))
+        self.writes += 1
         self._scatter(here.contiguous(), records)
         if state is not None:
             self._state.write(here, state)
@@ -140,6 +141,7 @@ class RamTable:
         if gradient.shape != (len(rows), self.width):
             raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
         entries = self._state.entries(rows, rule.fields(self.width))
+        self.writes += 1
         if self._codec.dtype == torch.float32:
             rule.update_in_place(self.rows, rows.contiguous(), self._state.arrays, entries, gradient, rate)
             return

@@ -35,6 +35,7 @@ from byrote.tables.headers import Place, find_tensor
 from byrote.tables.table import check_row_ids
 
 SAMPLE = 32  # records
+WARM_BYTES = 4 << 20  # of records that are read at a time and thrown away
 
 
 class RowsFile:
@@ -67,13 +68,27 @@ class RowsFile:
         Row ids int64 [N], which the caller has checked; records uint8 [M, row_bytes], read only: those that were
         asked for, or the whole mapping.
         """
+        for part, ids, where in self._by_part(rows):
+            yield *part.records(ids), where
+
+    def resident(self, rows: Tensor) -> bool:
+        """Whether a sample of the rows is in memory; reads of those that are not have begun."""
+        return all([part.resident(ids) for part, ids, _ in self._by_part(sample(rows))])
+
+    def warm(self, rows: Tensor) -> None:
+        """Bring rows into memory."""
+        for part, ids, _ in self._by_part(rows):
+            part.warm(ids)
+
+    def _by_part(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor, Tensor | None]]:
+        """(part, ids in it, which of `rows` they are; None: all)"""
         if len(self.parts) == 1:
-            yield *self.parts[0].records(rows), None
+            yield self.parts[0], rows, None
             return
         part_of = torch.from_numpy(np.searchsorted(self.begins, rows.numpy(), "right") - 1)
         for number in torch.unique(part_of).tolist():
             where = (part_of == number).nonzero().squeeze(1)
-            yield *self.parts[number].records(rows[where] - int(self.begins[number])), where
+            yield self.parts[number], rows[where] - int(self.begins[number]), where
 
     def read(self, rows: Tensor) -> Tensor:
         """Records uint8 [N, row_bytes] of row ids int64 [N]."""
@@ -107,17 +122,29 @@ class _Part:
         if not len(ids):
             return torch.empty(0, self.row_bytes, dtype=torch.uint8), ids
         self._check_size()
-        sample = ids[:: -(-len(ids) // SAMPLE)].numpy()
-        if preads.resident(self.file.fileno(), self._bytes(sample), self.row_bytes):
+        if self.resident(sample(ids)):
             return self._mapping(), ids.contiguous()
         unique, inverse = np.unique(ids.numpy(), return_inverse=True)
         records = np.empty((len(unique), self.row_bytes), np.uint8)
+        self._read(unique, records)
+        return torch.from_numpy(records), torch.from_numpy(inverse)
+
+    def resident(self, ids: Tensor) -> bool:
+        return preads.resident(self.file.fileno(), self._bytes(ids.numpy()), self.row_bytes)
+
+    def warm(self, ids: Tensor) -> None:
+        unique, most = np.unique(ids.numpy()), max(1, WARM_BYTES // self.row_bytes)
+        records = np.empty((min(most, len(unique)), self.row_bytes), np.uint8)
+        for at in range(0, len(unique), most):
+            some = unique[at : at + most]
+            self._read(some, records[: len(some)])
+
+    def _read(self, unique: np.ndarray, records: np.ndarray) -> None:
         try:
             preads.read([(self.file.fileno(), len(unique))], self._bytes(unique), records)
         except ValueError:
             self._check_size()
             raise
-        return torch.from_numpy(records), torch.from_numpy(inverse)
 
     def _bytes(self, ids: np.ndarray) -> np.ndarray:
         """Where in the file the rows begin."""
@@ -141,3 +168,8 @@ class _Part:
                 f"{self.place.path}: truncated: {found} bytes, tensor {self.place.name} ends at byte {self.end}; "
                 "copy it again, and open it anew"
             )
+
+
+def sample(ids: Tensor) -> Tensor:
+    """About SAMPLE of them, spread over all."""
+    return ids[:: max(1, -(-len(ids) // SAMPLE))]

@@ -6,6 +6,13 @@ only through `write`, and `commit` closes one step of changes by raising `genera
 
 Beside its values a row may carry the state of an update rule (`byrote.tables.rules`). That state is stored with
 the rows, for touched rows only, so it grows with the rows that were ever updated and not with the table.
+
+A table may be read on another thread than it is written on, if it has `writes`: how often rows were written, counted
+before the first of them changes. Values that were read while the number changed may be of two moments; who reads ahead
+(`byrote.memory.prefetch`) throws them away. If its reads can wait for a device, it also has
+
+    cold(rows) -> bool   whether reading row ids [...] would wait (a sample is looked at); their reads have then begun
+    warm(rows)           bring rows into memory, waiting for the device; returns nothing and changes nothing
 """
 
 from __future__ import annotations

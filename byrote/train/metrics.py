@@ -3,6 +3,9 @@
 {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "rows_touched", "max_violation"}
 {"step", "tokens", "seconds", "val_loss", "bits_per_byte"}
 
+With tables in files also "read_seconds", what reads of tables took since the process began, and "reads_hidden", the
+share of that for which no step waited.
+
 "loss" is of the next token, and comparable with "val_loss"; a model with prediction modules has their loss, unweighted,
 as "mtp_loss" beside it, one with concepts "tokens_per_concept", as drawn, and "val_tokens_per_concept", by threshold.
 """

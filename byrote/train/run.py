@@ -17,7 +17,7 @@ from rich.console import Console
 
 from byrote.address import compress
 from byrote.data.loader import Loader
-from byrote.data.packing import Packer, Tokens
+from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
@@ -131,7 +131,13 @@ def make_trainer(
         settings.micro_batch_size or settings.batch_size,
         recipe.data.length,
     )
-    loader = Loader(packer, settings.read_ahead)
+    stack = getattr(model, "memory_stack", None)
+
+    def warm(batch: Batch) -> None:
+        if stack is not None:
+            stack.warm(batch["input_ids"], batch["position_ids"])
+
+    loader = Loader(packer, settings.read_ahead, warm)
     optimizer = build_optimizer(recipe, model)
     if settings.placement == "file":
         if checkpoint:

@@ -247,6 +247,9 @@ class Trainer:
         for name in ("rows_touched", "max_violation"):
             if hasattr(self.optimizer, name):
                 record[name] = getattr(self.optimizer, name)
+        if self.recipe.placement == "file" and getattr(self.model, "memory_stack", None) is not None:
+            read, waited = self.model.memory_stack.read_times()
+            record |= {"read_seconds": round(read, 3), "reads_hidden": round(1 - waited / read, 3) if read else 0.0}
         if self.metrics and (_due(self.step, self.recipe.log_every) or self.step == 1):
             self.metrics.write(**record)
         self.report(record)

@@ -9,7 +9,7 @@ from byrote.address import engram
 from byrote.address.hashing import hash_windows, windows
 from byrote.data.packing import Tokens
 from byrote.lab.cache_curves import cache_curves, save_curves
-from byrote.tables.cache import Places
+from byrote.tables.places import Places
 
 VOCABULARY = np.arange(50)
 SPEC = engram(VOCABULARY, table_sizes=[5000, 7000], heads=2, layer_ids=[1], pad_id=0, max_order=3, seed=0)
@@ -34,7 +34,7 @@ def test_against_a_cache_run_by_hand():
             places, found, reads = Places(size), 0, 0
             for number, part in enumerate(columns):
                 rows = np.unique(part)
-                inside = places.find(rows) >= 0
+                inside = places.find(rows).places >= 0
                 places.admit(rows[~inside])
                 if number >= 100:
                     found, reads = found + inside.sum(), reads + len(rows)

@@ -119,11 +119,19 @@ def test_bfloat16_autocast_with_a_float32_cache():
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+def test_a_single_token_sees_all_without_a_mask():
+    layer, past = build(2), Past()
+    x = torch.randn(2, 6, HIDDEN)
+    full = layer(x, angles(2, 0, 6))
+    pieces = [layer(x[:, t : t + 1], angles(2, t, t + 1), None, past) for t in range(6)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-5, rtol=1e-5)
+
+
 def test_a_past_needs_a_mask():
     layer, past = build(), Past()
     layer(torch.randn(1, 3, HIDDEN), angles(1, 0, 3), cache=past)
-    with pytest.raises(ValueError, match="mask=None with 4 keys for 1 queries: give the mask"):
-        layer(torch.randn(1, 1, HIDDEN), angles(1, 3, 4), cache=past)
+    with pytest.raises(ValueError, match="mask=None with 5 keys for 2 queries: give the mask"):
+        layer(torch.randn(1, 2, HIDDEN), angles(1, 3, 5), cache=past)
 
 
 @pytest.mark.parametrize(

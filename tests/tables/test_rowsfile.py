@@ -102,6 +102,7 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
     outs = [np.empty((len(ids), width), np.uint8) for _ in range(2)]
     with open(path, "rb") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr(preads, "RUN_BYTES", most)
+        patch.setattr(preads, "LEAST", 1)
         preads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
         preads.read_twin(file.fileno(), 13 + ids * width, outs[1])
     expected = content[13:].reshape(rows, width)[ids]

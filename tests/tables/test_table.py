@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from byrote.memory import Memory
-from byrote.tables import RamTable, Table
+from byrote.tables import LazyAdam, RamTable, Table
 from byrote.tables.codecs import CODECS
 from byrote.tables.device import DeviceTable
 from byrote.tables.file import FileTable
@@ -200,6 +200,24 @@ def test_write(kind, table):
     assert torch.equal(every_row(table), expected)
     table.write(rows[:0], values[:0])
     assert torch.equal(every_row(table), expected)
+
+
+def test_writes_are_counted(table):
+    """By tables that may be read while they are written; a write that is refused changes nothing and counts nothing."""
+    if not hasattr(table, "writes"):
+        assert isinstance(table, OverlayTable | ShardedTable)
+        return
+    before = table.writes
+    table.write(torch.tensor([3, 5]), torch.ones(2, WIDTH), random_state(2))
+    assert table.writes == before + 1
+    with pytest.raises(ValueError):
+        table.write(torch.tensor([ROWS]), torch.ones(1, WIDTH))
+    assert table.writes == before + 1
+    if hasattr(table, "update"):
+        rule = LazyAdam()
+        fresh = RamTable(ROWS, WIDTH, digest=DIGEST, codec=table.codec)
+        fresh.update(rule, torch.tensor([3, 5]), torch.ones(2, WIDTH), 0.1)
+        assert fresh.writes >= 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -16,11 +16,13 @@ import torch
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
 from byrote.tables import RamTable
+from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
 from byrote.train import trainer as trainer_module
 from byrote.train.checkpoint import checkpoints, latest
 from byrote.train.config import Recipe
 from byrote.train.filetables import logged_tables
+from byrote.train.metrics import read_metrics
 from byrote.train.run import finish, make_trainer
 
 STAGES = ["opening", "training", "saving", "committing", "committed", "collecting"]
@@ -107,6 +109,21 @@ def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
     resumed = train("killed", resume=True, checkpoint_every=3, keep=3, placement="file")
     assert_equal(host, resumed)
     assert_state_equal(host, resumed, tmp_path)
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
+    """With every row of the base cold: reads begin early, and the loader warms each batch, or not."""
+    monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size: not len(places))
+    warmed, original = [], FileTable.warm
+    monkeypatch.setattr(FileTable, "warm", lambda self, rows: (warmed.append(rows), original(self, rows))[1])
+    host = train("host", eval_every=0)
+    file = train("file", eval_every=0, placement="file", read_ahead=ahead)
+    assert_equal(host, file)
+    assert_state_equal(host, file, tmp_path)
+    assert (len(warmed) >= 9) is (ahead > 0)
+    last = [record for record in read_metrics(tmp_path / "file/metrics.jsonl") if "loss" in record][-1]
+    assert last["read_seconds"] > 0 and 0 <= last["reads_hidden"] <= 1
 
 
 def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):

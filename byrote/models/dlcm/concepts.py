@@ -26,6 +26,7 @@ from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.nn.boundary import BoundaryHead, sample
 from byrote.nn.concept import Formed, pool, smooth
 from byrote.nn.concept_attention import ConceptAttention, Places
+from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
 
 
@@ -49,7 +50,7 @@ class ConceptStage(nn.Module):
         self.beginning = nn.Parameter(torch.empty(size)) if config.boundary_convention == "open" else None
         self.layers = nn.ModuleList([ConceptBlock(config, i) for i in range(config.num_concept_layers)])
         self.exit = exit_of(config, size)
-        self.norm = nn.RMSNorm(size, eps=eps)
+        self.norm = RMSNorm(size, eps=eps)
         self.read = ConceptAttention(
             d,
             size,

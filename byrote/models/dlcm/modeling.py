@@ -35,6 +35,7 @@ from byrote.models.place import length, place
 from byrote.nn.boundary import parser_loss
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
+from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
 
 
@@ -50,12 +51,12 @@ class DLCMModel(DLCMPreTrainedModel):
         self.concepts: ConceptStage | None = None
         if config.num_concept_layers:
             self.encoder_exit = exit_of(config, d)
-            self.encoder_norm = nn.RMSNorm(d, eps=eps)
+            self.encoder_norm = RMSNorm(d, eps=eps)
             self.concepts = ConceptStage(config)
         decoder = range(config.num_encoder_layers, config.num_hidden_layers)
         self.decoder = nn.ModuleList([TokenBlock(config, i) for i in decoder])
         self.exit = exit_of(config, d)
-        self.norm = nn.RMSNorm(d, eps=eps)
+        self.norm = RMSNorm(d, eps=eps)
         self.gradient_checkpointing = False
         self._mark_scales()
         self.post_init()
@@ -113,7 +114,8 @@ class DLCMModel(DLCMPreTrainedModel):
             begun = input_ids.shape[0], self.config.hidden_size, self.embed_tokens.weight.dtype, input_ids.device
             state.begin(begun[0], begun[2], begun[3])
             state.begin_concepts(*begun)
-        sequence, mask = place(input_ids, attention_mask, position_ids, past, past_key_values, state)
+        places = attention_mask, position_ids, past, past_key_values, state
+        sequence, mask = place(input_ids, *places, single_sees_all=True)
         tickets: dict[int, Ticket] = {}
         if self.memories is None:
             check_known(input_ids, self.config.vocab_size, sequence.alive)
