@@ -50,7 +50,7 @@ def hash_windows(windows, multipliers, primes, offsets, pad_id, out):
             u = mix ^ sign
             for head in range(heads):
                 column, p = order * heads + head, primes[order, head]
-                q = np.int64(_high(np.uint64(u), inverses[order, head]))
+                q = np.int64(_high(np.uint64(u), inverses[order, head]))  # type: ignore[call-arg]
                 r = u - q * p
                 r -= p if r >= p else 0
                 out[i, column] = (r ^ sign) + (p & sign) + offsets[column]

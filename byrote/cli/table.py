@@ -140,7 +140,7 @@ def bench(
         console.print(memory_line(memory), highlight=False)
     for size in sizes:
         what = f"state of {size['rule']}, rows of {size['width']}: {size['bytes']:.3f} bytes for each {size['of each']}"
-        console.print(f"{what}, {size['resident']:.3f} of memory ({size['target']})", highlight=False)
+        console.print(f"{what}, {size['resident']:.3f} in memory ({size['target']})", highlight=False)
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
         content = {

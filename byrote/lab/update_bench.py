@@ -8,8 +8,9 @@ Each round takes other rows, the same for all. In turns; one thread. And `state_
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import json
+import mmap
 import subprocess
 import sys
 import time
@@ -134,46 +135,30 @@ def _weight() -> Tensor:
     return torch.randn(COUNT, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def state_bytes(num_rows: int = 1 << 22, width: int = 4) -> list[dict[str, Any]]:
+def state_bytes(num_rows: int = 1 << 20, width: int = 16) -> list[dict[str, Any]]:
     """Bytes of optimizer state after every row was touched, less the directory of 4 bytes a row: as the table's `stats`
-    count them, and by how much the memory of this process grew (Linux).
+    count them, and the pages that the system has mapped for them (Linux).
     """
     sizes = []
     for name, rule, unit, target in (
         ("LazyAdam", LazyAdam(), width, "8 bytes a touched parameter, and 4 a touched row for its clock"),
         ("RowAdagrad", RowAdagrad(), 1, "4 bytes a touched row"),
     ):
-        table, piece = RamTable(num_rows, width, digest=""), 1 << 16
-        gradient = torch.ones(piece, width)
-        table.read(torch.zeros(1, dtype=torch.int64))  # drawn
-        resident = 0
-        for first in range(0, num_rows, piece):
-            rows = torch.arange(first, min(first + piece, num_rows))
-            if first == 0:
-                rule.update_in_place(  # compiled, and its memory there, before the count begins
-                    gradient.clone(),
-                    rows,
-                    {k: torch.zeros(piece, *s) for k, s in rule.fields(width).items()},
-                    rows,
-                    gradient[: len(rows)],
-                    1e-3,
-                )
-                gc.collect()
-                resident = _resident()
-            update_rows(table, rule, rows, gradient[: len(rows)], 1e-3)
-        grown, stats, counted = _resident() - resident, table.stats(), num_rows * unit
-        per = {"bytes": (stats["state_bytes"] - 4 * num_rows) / counted}
-        per["resident"] = (grown - 4 * num_rows) / counted if sys.platform == "linux" else float("nan")
-        sizes.append(
-            {"rule": name, **per, "of each": "parameter" if unit > 1 else "row", "width": width, "target": target}
-        )
-        del table
+        table = RamTable(num_rows, width, digest="")
+        for rows in torch.arange(num_rows).split(1 << 16):
+            update_rows(table, rule, rows, torch.ones(len(rows), width), RATE)
+        counted = table.stats()["state_bytes"] - 4 * num_rows
+        mapped = sum(map(_mapped, table._state.arrays.values())) if sys.platform == "linux" else float("nan")
+        about = {"rule": name, "width": width, "of each": "parameter" if unit > 1 else "row", "target": target}
+        sizes.append({**about, "bytes": counted / (num_rows * unit), "resident": mapped / (num_rows * unit)})
     return sizes
 
 
-def _resident() -> int:
-    if sys.platform != "linux":
-        return 0
-    import resource
-
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _mapped(array: Tensor) -> int:
+    """Bytes of the pages of an array that are in memory."""
+    first = array.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = array.data_ptr() + array.nbytes - first
+    marks = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), marks):
+        raise OSError("mincore failed")
+    return mmap.PAGESIZE * sum(mark & 1 for mark in marks)

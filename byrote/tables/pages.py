@@ -22,15 +22,16 @@ def ask_for_huge_pages(array: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.zeros; of address space, where memory comes to be when it is written: it may be larger than RAM.
+def reserve(size: int) -> mmap.mmap:
+    """Address space for `size` bytes of zeros, maybe more than RAM: memory comes to be when it is written. Linux.
 
     In pages of 4 KiB: in a virtual machine that hands free memory back to its host, a huge page took 12 ms.
     """
-    if sys.platform != "linux":
-        return torch.zeros(shape, dtype=dtype)
-    size = max(1, prod(shape)) * dtype.itemsize
-    place = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+
+
+def beginning(place: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The first bytes of `place` as a tensor."""
     return torch.frombuffer(place, dtype=dtype, count=prod(shape)).view(shape)
 
 
@@ -38,6 +39,6 @@ def populate(array: Tensor, begin: int, end: int) -> None:
     """Map the memory of array[begin:end], which is about to be written, at once and not at a fault for each page."""
     size = array[:1].nbytes
     first = (array.data_ptr() + begin * size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and begin < end:  # an older Linux refuses, and then it is a fault for each page
+    if begin < end:  # an older Linux refuses, and then it is a fault for each page
         length = array.data_ptr() + end * size - first
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), POPULATE_WRITE)

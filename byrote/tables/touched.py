@@ -3,13 +3,14 @@
     directory [R] int32      where a row's entry is; 0: the row was never touched
     arrays    [1 + U, ...]   one a field of the rule; entry 0 stays zero and is what a row without state reads
 
-In host memory the arrays are address space for all R rows, of which the system fills in what is used: they never move,
-so that no step pays for copying them. Elsewhere they grow by doubling.
+The arrays grow by doubling. In host memory (Linux) address space for all R rows is reserved, of which the system fills
+in what is used, and a longer array is the same memory: no step pays for a copy.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import mmap
+import sys
 from math import prod
 
 import torch
@@ -28,6 +29,8 @@ class TouchedState:
         self.count = 0  # of touched rows
         self.arrays: RowState = {}
         self._directory: Tensor | None = None
+        self._places: dict[str, mmap.mmap] = {}
+        self._reserves = device.type == "cpu" and sys.platform == "linux"
 
     @property
     def fields(self) -> StateFields:
@@ -51,6 +54,8 @@ class TouchedState:
         return self._directory.nonzero().squeeze(1)
 
     def read(self, rows: Tensor, fields: StateFields) -> RowState:
+        if not fields:  # of a table that keeps none yet: it must stay free to keep any
+            return {}
         entries = self._open(fields).index_select(0, rows).long()
         return {name: self.arrays[name].index_select(0, entries) for name in fields}
 
@@ -68,8 +73,6 @@ class TouchedState:
             entries = torch.empty(len(rows), dtype=torch.int64)
             found = rule_kernels.claim(directory.numpy(), rows.contiguous().numpy(), self.count, entries.numpy())
             fresh = int(found) - self.count
-            for array in self.arrays.values():
-                pages.populate(array, self.count + 1, self.count + 1 + fresh)
         else:
             entries = directory.index_select(0, rows).long()
             new = entries == 0
@@ -78,22 +81,32 @@ class TouchedState:
             directory.index_copy_(0, rows, entries.int())
         self.count += fresh
         self._grow(self.count + 1)
+        for array in self.arrays.values() if self._reserves else ():
+            pages.populate(array, self.count + 1 - fresh, self.count + 1)
         return entries
 
     def _open(self, fields: StateFields) -> Tensor:
         self.check(fields)
         if self._directory is None:
-            on_cpu = self.device.type == "cpu"
-            zeros = pages.zeros if on_cpu else partial(torch.zeros, device=self.device)
-            size = self.num_rows + 1 if on_cpu else 1
-            self._directory = zeros((self.num_rows,), dtype=torch.int32)
-            self.arrays = {name: zeros((size, *shape), dtype=torch.float32) for name, shape in fields.items()}
+            if self._reserves:
+                place = pages.reserve(4 * self.num_rows)
+                self._directory = pages.beginning(place, (self.num_rows,), torch.int32)
+            else:
+                self._directory = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
+        if not self.arrays:
+            self.arrays = {name: torch.zeros(1, *shape, device=self.device) for name, shape in fields.items()}
+            if self._reserves:
+                sizes = {name: 4 * prod(shape) * (self.num_rows + 1) for name, shape in fields.items()}
+                self._places = {name: pages.reserve(size) for name, size in sizes.items()}
         return self._directory
 
     def _grow(self, needed: int) -> None:
         for name, array in self.arrays.items():
-            if len(array) < needed:
-                size = min(max(needed, 2 * len(array), 1024), self.num_rows + 1)
-                grown = array.new_zeros(size, *array.shape[1:])
-                grown[: len(array)] = array
-                self.arrays[name] = grown
+            if len(array) >= needed:
+                continue
+            shape = (min(max(needed, 2 * len(array), 1024), self.num_rows + 1), *array.shape[1:])
+            if self._reserves:  # the same memory, and more of it
+                self.arrays[name] = pages.beginning(self._places[name], shape, torch.float32)
+            else:
+                self.arrays[name] = array.new_zeros(shape)
+                self.arrays[name][: len(array)] = array

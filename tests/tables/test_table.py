@@ -344,6 +344,14 @@ def test_state_of_an_untouched_table(kind, table, tmp_path):
     assert not other.read_state(torch.arange(ROWS), FIELDS)["moment"].any()
 
 
+def test_a_table_trains_after_its_empty_state_was_saved(table, tmp_path):
+    """Before the first step a checkpoint holds no state; that must not settle which state there will be."""
+    table.save_state(tmp_path / "state")
+    rows, state = torch.tensor([7, 2]), random_state(2)
+    table.write(rows, torch.ones(2, WIDTH), state)
+    assert all(torch.equal(table.read_state(rows, FIELDS)[name], value) for name, value in state.items())
+
+
 def test_the_order_of_training_does_not_show_in_the_state_file(kind, tmp_path):
     first, second = (kind.make(ROWS, WIDTH, digest=DIGEST) for _ in range(2))
     rows, state = torch.tensor([9, 4, 25]), random_state(3)
