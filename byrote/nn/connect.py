@@ -94,12 +94,12 @@ class _WriteBack(torch.autograd.Function):
 
 
 def _kernels() -> Any:
-    from byrote.nn import connect_kernels
+    from byrote.nn.kernels import connect
 
-    return connect_kernels
+    return connect
 
 
 def _mix_kernels() -> Any:
-    from byrote.nn import mix_kernels
+    from byrote.nn.kernels import mix
 
-    return mix_kernels
+    return mix

@@ -120,6 +120,6 @@ class _Write(torch.autograd.Function):
 
 
 def _kernels() -> Any:
-    from byrote.nn import mix_kernels
+    from byrote.nn.kernels import mix
 
-    return mix_kernels
+    return mix

@@ -117,7 +117,7 @@ class Experts(nn.Module):
         trained = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         fits = x.shape[-1] == self.gate_up.shape[-1] and all(compilable(tensor) for tensor in tensors)
         if fits and not trained and not torch.is_autocast_enabled("cpu"):
-            from byrote.nn.decode_kernels import experts
+            from byrote.nn.kernels.decode import experts
 
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             weights = self.gate_up.contiguous(), self.down.contiguous()

@@ -13,7 +13,7 @@ than some of the entries.
 
 Backward goes through the normalizations in reverse: of H' = H / s with s = sum H + eps, dH = (dH' - sum dH' H') / s.
 Written out, it is half of what autograd's own would cost. For n = 4 with eps > 0, in float32 on a CPU, compiled loops
-(`sinkhorn_kernels.py`) take a sixth of that. Twins: `plain_sinkhorn`, which autograd differentiates and a compiler
+(`kernels/sinkhorn.py`) take a sixth of that. Twins: `plain_sinkhorn`, which autograd differentiates and a compiler
 sees, and `sinkhorn_slow`, one number at a time.
 """
 
@@ -74,7 +74,7 @@ class _Sinkhorn(torch.autograd.Function):
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        from byrote.nn.sinkhorn_kernels import forward
+        from byrote.nn.kernels.sinkhorn import forward
 
         shares = logits.softmax(dim=0).contiguous()
         ctx.save_for_backward(shares)
@@ -86,7 +86,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from byrote.nn.sinkhorn_kernels import backward
+        from byrote.nn.kernels.sinkhorn import backward
 
         (shares,) = ctx.saved_tensors
         to_shares = torch.empty_like(shares)

@@ -7,8 +7,8 @@ z, and everything between it and pre, post and H, is laid out [24, 16]: a vector
 import numba
 import numpy as np
 
-from byrote.nn.mix_kernels import N, _connect_backward, _dots, _read, _square
-from byrote.nn.sinkhorn_kernels import _iterate, _unroll
+from byrote.nn.kernels.mix import N, _connect_backward, _dots, _read, _square
+from byrote.nn.kernels.sinkhorn import _iterate, _unroll
 from byrote.vectors import LANES
 
 NUMBERS = N * (N + 2)
