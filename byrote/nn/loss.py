@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from byrote.compiled import compilable, run
+
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
@@ -42,9 +44,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled():
             return _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return]
-        return sum(
-            (_chunk(*part, weight)[0] for part in _chunks(hidden, targets, weight)), hidden.new_zeros(()).float()
-        )
+        losses = (_cross_entropy(part @ weight.T, its)[0] for part, its in _chunks(hidden, targets, weight))
+        return sum(losses, hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)))
 
 
 def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -61,8 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         total, at = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), 0
+        logits = None  # of every chunk in turn: memory that is new each time costs half as much as the product
         for part, its_targets in _chunks(hidden, targets, weight):
-            loss, gradient = _chunk(part, its_targets, weight)
+            logits = torch.mm(part, weight.T, out=None if logits is None else logits[: len(part)])
+            loss, gradient = _cross_entropy(logits, its_targets)
             total += loss
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=to_hidden[at : at + len(part)])
@@ -87,10 +90,15 @@ def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tenso
     return list(zip(hidden.split(rows), targets.split(rows), strict=True))
 
 
-def _chunk(hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted."""
-    logits = hidden @ weight.T
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted; written over the logits if it can be."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if compilable(logits) and logits.numel():
+        from byrote.nn.kernels.cross_entropy import cross_entropy
+
+        losses = logits.new_empty(len(logits))
+        run(cross_entropy, logits, targets.contiguous(), IGNORED, logits.amax(dim=1), losses)
+        return losses.sum(), logits
     predicted = (targets != IGNORED).unsqueeze(1)
     column = targets.clamp_min(0).unsqueeze(1)
     chosen = logits.gather(1, column)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from byrote.compiled import compilable, run
 from byrote.nn.router import Router, sequence_balance_loss
+from byrote.nn.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -33,7 +34,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Spread(torch.autograd.Function):
@@ -100,10 +101,10 @@ class Experts(nn.Module):
             dtype = gate_up.dtype if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         rows = _Spread.apply(x, order, place)
-        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        gate_up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
         # Weighing the w numbers before the down projection is cheaper than the d after it, and the same.
-        weight = _Spread.apply(gates.reshape(-1, 1), order, place.view(-1, 1))
-        hidden = (F.silu(gate) * up * weight).to(down.dtype)
+        weight = _Spread.apply(gates.reshape(-1, 1), order, place.view(-1, 1)).squeeze(1)
+        hidden = swiglu(gate_up, weight=weight).to(down.dtype)
         out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
         return _Collect.apply(out, order, place)
 
@@ -117,7 +118,7 @@ class Experts(nn.Module):
         trained = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         fits = x.shape[-1] == self.gate_up.shape[-1] and all(compilable(tensor) for tensor in tensors)
         if fits and not trained and not torch.is_autocast_enabled("cpu"):
-            from byrote.nn.kernels.decode import experts
+            from byrote.nn.kernels.experts import experts
 
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             weights = self.gate_up.contiguous(), self.down.contiguous()

@@ -34,6 +34,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.compiled import compilable, run
+
 
 class Router(nn.Module):
     selection_bias: Tensor
@@ -91,7 +93,7 @@ class Router(nn.Module):
             best = worth.topk(self.topk_group, dim=-1).indices
             closed = torch.ones_like(worth, dtype=torch.bool).scatter(-1, best, False)
             biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-        return biased.topk(self.top_k, dim=-1).indices
+        return top_k(biased, self.top_k)
 
     def load(self, ids: Tensor, alive: Tensor | None = None) -> Tensor:
         """How many (alive) tokens chose each expert: int64 [E]."""
@@ -131,12 +133,23 @@ class Router(nn.Module):
         return self
 
 
-def sequence_balance_loss(scores: Tensor, top_k: int, alive: Tensor | None = None) -> Tensor:
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Ids int64 [..., k] of the largest of scores [..., E], the largest first."""
+    if not compilable(scores):
+        return scores.topk(k, dim=-1).indices
+    from byrote.nn.kernels.top_k import top_k as kernel
+
+    ids = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
+    run(kernel, scores.reshape(-1, scores.shape[-1]).contiguous(), ids.view(-1, k))
+    return ids
+
+
+def sequence_balance_loss(scores: Tensor, k: int, alive: Tensor | None = None) -> Tensor:
     """scores [B, T, E], alive bool [B, T] -> one loss per sequence [B]; 0 where nothing is alive."""
     experts = scores.shape[-1]
-    chosen = torch.zeros_like(scores).scatter(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)
+    chosen = torch.zeros_like(scores).scatter(-1, top_k(scores.detach(), k), 1.0)
     shares = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     weight = torch.ones_like(scores[..., :1]) if alive is None else alive.unsqueeze(-1).to(scores.dtype)
     tokens = weight.sum(dim=1).clamp(min=1)
-    frequency = (chosen * weight).sum(dim=1) * (experts / top_k) / tokens
+    frequency = (chosen * weight).sum(dim=1) * (experts / k) / tokens
     return (frequency * (shares * weight).sum(dim=1) / tokens).sum(dim=-1)

@@ -8,45 +8,26 @@ import numba
 import numpy as np
 
 from byrote.nn.kernels.mix import N, _connect_backward, _dots, _read, _square
+from byrote.nn.kernels.options import exp
 from byrote.nn.kernels.sinkhorn import _iterate, _unroll
 from byrote.vectors import LANES
 
 NUMBERS = N * (N + 2)
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
-LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-LEAST, MOST = np.float32(-87), np.float32(88)
-# exp on [-ln 2 / 2, ln 2 / 2], to a rounding of float32 (Cephes, expf)
-C5, C4, C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-C2, C1, C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 ARRAYS = {"three": "float32[:,:,::1]", "two": "float32[:,::1]", "one": "float32[::1]", "number": "float32"}
 
 
 def _compiled(*arrays):
     kinds = ", ".join(ARRAYS.get(name, name) for name in arrays)
-    return numba.njit(f"void(int64, int64, {kinds})", nogil=True, cache=True)
+    return numba.njit(f"void(int64, int64, {kinds})", nogil=True, cache=True, error_model="numpy")
 
 
-@numba.njit(nogil=True, cache=True)
-def _exp(x, powers, out):
-    """exp of 16 numbers, in vectors; `powers` int32 [16] is working space. What is not a number stays so."""
-    power = powers.view(np.float32)
-    for lane in range(LANES):
-        value = min(max(x[lane], LEAST), MOST) if x[lane] == x[lane] else x[lane]
-        whole = np.floor(value * LOG2_E + HALF)
-        r = value - whole * LN2_HIGH - whole * LN2_LOW
-        series = ((((C5 * r + C4) * r + C3) * r + C2) * r + C1) * r + C0
-        out[lane] = series * r * r + r + ONE
-        powers[lane] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    for lane in range(LANES):
-        out[lane] *= power[lane]
-
-
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _group(m):
     return 0 if m < N else 1 if m < 2 * N else 2
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _tile(z, bias, scale, begin, end, tile):
     """tile <- scale z + bias of tokens [begin, end), at most 16; the lanes beyond repeat the last."""
     for m in range(NUMBERS):
@@ -54,8 +35,8 @@ def _tile(z, bias, scale, begin, end, tile):
             tile[m, lane] = scale[_group(m)] * z[min(begin + lane, end - 1), m] + bias[m]
 
 
-@numba.njit(nogil=True, cache=True)
-def _shares(tile, powers, shares):
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _shares(tile, shares):
     """P_ik: the softmax over new streams i of the logits at 2 N + N k + i, (old, new)."""
     for k in range(N):
         logits = tile[2 * N + N * k : 3 * N + N * k]
@@ -64,7 +45,8 @@ def _shares(tile, powers, shares):
             for i in range(N):
                 logits[i, lane] -= most
         for i in range(N):
-            _exp(logits[i], powers, shares[i, k])
+            for lane in range(LANES):
+                shares[i, k, lane] = exp(logits[i, lane])
         for lane in range(LANES):
             total = ONE / (shares[0, k, lane] + shares[1, k, lane] + shares[2, k, lane] + shares[3, k, lane])
             for i in range(N):
@@ -75,7 +57,7 @@ def _shares(tile, powers, shares):
 def connect(begin, end, streams, z, bias, scale, norm_eps, eps, steps, x, pre, post, mix):
     """x, pre, post and H; z comes as weight vec X and is divided by the root of its mean square."""
     tile, scalings = np.empty((NUMBERS, LANES), np.float32), np.empty((steps + 2, N, LANES), np.float32)
-    shares, powers, squares = np.empty((N, N, LANES), np.float32), np.empty(LANES, np.int32), np.empty(N, np.float32)
+    shares, squares = np.empty((N, N, LANES), np.float32), np.empty(N, np.float32)
     d = x.shape[1]
     for first in range(begin, end, LANES):
         count = min(LANES, end - first)
@@ -88,11 +70,8 @@ def connect(begin, end, streams, z, bias, scale, norm_eps, eps, steps, x, pre, p
         _tile(z, bias, scale, first, end, tile)
         for m in range(2 * N):
             for lane in range(LANES):
-                tile[m, lane] = -tile[m, lane]
-            _exp(tile[m], powers, tile[m])
-            for lane in range(LANES):
-                tile[m, lane] = ONE / (ONE + tile[m, lane])
-        _shares(tile, powers, shares)
+                tile[m, lane] = ONE / (ONE + exp(-tile[m, lane]))
+        _shares(tile, shares)
         shares += eps
         _iterate(shares, scalings, steps, eps)
         for lane in range(count):
@@ -133,7 +112,7 @@ def connect_backward(
 ):
     """dX but for dz weight; dz of z = weight vec X; sums over tokens of bias's and of scale's gradient, 24 each."""
     tile, to_tile = np.empty((NUMBERS, LANES), np.float32), np.empty((NUMBERS, LANES), np.float32)
-    scalings, powers = np.empty((steps + 2, N, LANES), np.float32), np.empty(LANES, np.int32)
+    scalings = np.empty((steps + 2, N, LANES), np.float32)
     shares, start = np.empty((N, N, LANES), np.float32), np.empty((N, N, LANES), np.float32)
     arrived, to_start = np.empty((N, N, LANES), np.float32), np.empty((N, N, LANES), np.float32)
     to_pre, shrink = np.empty((LANES, N), np.float32), np.empty((LANES, 1), np.float32)
@@ -149,7 +128,7 @@ def connect_backward(
             square = (squares[0] + squares[1] + squares[2] + squares[3]) / np.float32(N * d)
             factors[lane] = ONE / np.sqrt(square + norm_eps)
         _tile(z, bias, scale, first, end, tile)
-        _shares(tile, powers, shares)
+        _shares(tile, shares)
         for i in range(N):
             for k in range(N):
                 for lane in range(LANES):

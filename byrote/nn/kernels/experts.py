@@ -1,27 +1,10 @@
-"""Compiled loops over the few tokens of a step of decoding, whose cost is the number of operations, not of numbers."""
+"""Experts of the few tokens of a step of decoding, compiled, whose cost is the number of operations, not of numbers."""
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-from typing import Any
-
 import numba
 import numpy as np
 
-ONE = np.float32(1)
-TWO, THREE = "float32[:,::1]", "float32[:,:,::1]"
-# Sums may be reordered, NaN and infinity stay.
-OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}}
-
-
-@numba.njit(f"void(int64, int64, {TWO}, float32[::1], float32, {TWO})", **OPTIONS)
-def normalize(begin, end, x, weight, eps, out):
-    d = len(weight)
-    for t in range(begin, end):
-        square = np.float32(0)
-        for c in range(d):
-            square += x[t, c] * x[t, c]
-        scale = ONE / np.sqrt(square / np.float32(d) + eps)
-        for c in range(d):
-            out[t, c] = x[t, c] * scale * weight[c]
+from byrote.nn.kernels.options import OPTIONS, THREE, TWO, UNIT, exp
 
 
 @numba.njit(
@@ -42,7 +25,7 @@ def experts(begin, end, x, ids, gates, gate_up, down, out):
                     gate += gate_up[e, w, c] * x[t, c]
                 for c in range(d):
                     up += gate_up[e, width + w, c] * x[t, c]
-                hidden[w] = gate / (ONE + np.exp(-gate)) * up * gates[t, k]
+                hidden[w] = gate / (UNIT + exp(-gate)) * up * gates[t, k]
             for c in range(d):
                 total = np.float32(0)
                 for w in range(width):
