@@ -28,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.compiled import run
+from byrote.nn.gqa import loops
+
 
 class BoundaryHead(nn.Module):
     """`scan_size` s: of q and k; 0 compares the states themselves, without parameters."""
@@ -56,11 +59,23 @@ class BoundaryHead(nn.Module):
             query, key = h, h
             if self.query is not None and self.key is not None:
                 query, key = (F.linear(h, m.weight.to(h.dtype)) for m in (self.query, self.key))
+            if not self.training and loops(query, key):
+                return self._compiled(query, key, starts, alive, tail), query
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
             before = torch.cat([before, query[:, :-1]], dim=1)
             cosine = (F.normalize(before, dim=-1) * F.normalize(key, dim=-1)).sum(dim=-1)
             p = ((1 - cosine) / 2).clamp(0, 1)
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
+
+    @staticmethod
+    def _compiled(query: Tensor, key: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> Tensor:
+        from byrote.nn.kernels.concepts import boundary
+
+        before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
+        p = query.new_empty(query.shape[:2])
+        tensors = query, key, before, starts, alive
+        run(boundary, *(tensor.contiguous() for tensor in tensors), p)
+        return p
 
 
 def sharpen(p: Tensor, tau: float) -> Tensor:
