@@ -115,7 +115,7 @@ class DLCMModel(DLCMPreTrainedModel):
             state.begin(begun[0], begun[2], begun[3])
             state.begin_concepts(*begun)
         places = attention_mask, position_ids, past, past_key_values, state
-        sequence, mask = place(input_ids, *places, single_sees_all=True)
+        sequence, mask = place(input_ids, *places)
         tickets: dict[int, Ticket] = {}
         if self.memories is None:
             check_known(input_ids, self.config.vocab_size, sequence.alive)

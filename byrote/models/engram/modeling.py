@@ -95,7 +95,7 @@ class EngramModel(EngramPreTrainedModel):
         if state is not None:
             state.begin(input_ids.shape[0], self.embed_tokens.weight.dtype, input_ids.device)
         places = attention_mask, position_ids, past, past_key_values, state
-        sequence, mask = place(input_ids, *places, single_sees_all=True)
+        sequence, mask = place(input_ids, *places)
         if self.memories is None:
             tickets = {}
             check_known(input_ids, self.config.vocab_size, sequence.alive)
