@@ -18,8 +18,9 @@ def place(
     cache: Cache | None,
     state: MemoryState | None,
 ) -> tuple[Sequence, Tensor | None]:
-    """The sequence of the new tokens, and the attention mask [B, 1, T, S]. None: plain causal over new tokens that are all
-    there is, or a single one that sees all of the cache.
+    """The sequence of the new tokens, and the attention mask [B, 1, T, S].
+
+    None for a mask: plain causal over new tokens that are all there is, or a single one that sees all of the cache.
     """
     batch, steps = input_ids.shape
     known = int(past) + steps

@@ -3,7 +3,8 @@
 muP (2512.24617 section 6.1, equations 18 to 21): with s = width / d_base, of tokens or of concepts, a hidden matrix
 starts at sigma / sqrt(s) and learns at rate / s; embeddings, gains and other vectors neither; logits are multiplied by
 1 / s_token. The paper does not say which matrix belongs to which width. Here it is that of what the matrix reads: W_up
-and the boundary's matrices are of the tokens, keys and values that tokens read of the concepts.
+and the boundary's matrices are of the tokens, keys and values that tokens read of the concepts; rows of a memory are as
+wide in every model, and what reads them neither starts nor learns in another way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from byrote.nn.router import Router
 
 CONCEPT_SIDE = ("concepts.layers.", "concepts.read.k_proj.", "concepts.read.v_proj.")
 EMBEDDINGS = ("embed_tokens.", "lm_head.")
+# What reads neither width: a memory's matrices read rows, which are as wide in every model.
+OTHERS = (".memory.", "_connection.", ".exit.")
 
 
 class DLCMPreTrainedModel(MemoryPreTrainedModel):
@@ -76,9 +79,7 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
         for name, parameter in self.named_parameters():
             if any(part in name for part in EMBEDDINGS):
                 groups[name] = ("embedding", 1.0)
-            elif (
-                parameter.dim() < 2 or "_connection." in name or ".exit." in name or "_gain" in name or "conv_" in name
-            ):
+            elif parameter.dim() < 2 or any(part in name for part in OTHERS):
                 groups[name] = ("others", 1.0)
             elif any(part in name for part in CONCEPT_SIDE):
                 groups[name] = ("concept", self.config.concept_scale)
