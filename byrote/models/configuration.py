@@ -51,6 +51,7 @@ class MemoryConfig:
     memory_zero_gate_rule: str
     memory_bias: bool
     memory_initializer_range: float
+    initializer_range: float
     address: dict[str, Any] | None
 
     @property

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.sequence import NO_POSITION, stepping
+from byrote.nn.mla import Cache as AttentionCache
 
 
 def place(
@@ -80,3 +81,10 @@ def length(cache: Cache | None) -> int | Tensor:
         return 0
     length = cache.get_seq_length()
     return length.clone() if isinstance(length, Tensor) else length
+
+
+def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
+    """What the attention of a layer keeps its keys and values with."""
+    if cache is None:
+        return None
+    return lambda key, value: cache.update(key, value, layer)

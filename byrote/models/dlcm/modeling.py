@@ -31,7 +31,7 @@ from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import check_ids, check_labels, check_places
 from byrote.models.memories import make_memories, memory_fields
-from byrote.models.place import length, place
+from byrote.models.place import attention_cache, length, place
 from byrote.nn.boundary import parser_loss
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
@@ -137,7 +137,7 @@ class DLCMModel(DLCMPreTrainedModel):
             for i, layer in enumerate(layers, start=first):
                 hidden_states.append(streams)
                 tail = None if state is None else state.tails.get(f"convolution.{i}")
-                cache = _attention_cache(past_key_values, i)
+                cache = attention_cache(past_key_values, i)
                 output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
                 streams = output.streams
                 if state is not None and output.columns is not None:
@@ -291,9 +291,3 @@ def _over_processes(outputs: DLCMModelOutput, items: Tensor) -> tuple[Tensor | N
     dist.all_reduce(counts)
     counts /= dist.get_world_size()
     return counts[:2], counts[2]
-
-
-def _attention_cache(cache: Cache | None, layer: int) -> Any:
-    if cache is None:
-        return None
-    return lambda key, value: cache.update(key, value, layer)

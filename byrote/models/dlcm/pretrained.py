@@ -17,10 +17,6 @@ from byrote.models.dlcm.concepts import ConceptStage
 from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.boundary import BoundaryHead
-from byrote.nn.engram import Engram
-from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
-from byrote.nn.moe import Experts
-from byrote.nn.router import Router
 
 CONCEPT_SIDE = ("concepts.layers.", "concepts.read.k_proj.", "concepts.read.v_proj.")
 EMBEDDINGS = ("embed_tokens.", "lm_head.")
@@ -41,37 +37,18 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The whole initialization; std = `initializer_range`, under muP divided by the root of s for hidden matrices.
+        """As in every model (byrote.models.initialization), and
 
-        linear, embedding, router, experts   N(0, std^2)
         the boundary's two matrices          the same orthonormal one (byrote.nn.boundary)
         what a document begins with          N(0, std^2), if anything
-        biases, convolution                  0
-        all gains                            1
-        connections, exits                   the plain residual (byrote.nn.hyper)
         """
-        std = self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
-        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)  # type: ignore[arg-type]
-        elif isinstance(module, Experts):
-            init.normal_(module.gate_up, mean=0.0, std=std)
-            init.normal_(module.down, mean=0.0, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Engram):
-            module.reset_gains(init)
-        elif isinstance(module, HyperConnection | ManifoldConnection | GatedExit):
-            module.reset(init.copy_)
-        elif isinstance(module, BoundaryHead) and module.query is not None and module.key is not None:
+        super()._init_weights(module)
+        if isinstance(module, BoundaryHead) and module.query is not None and module.key is not None:
             start = module.start()
             init.copy_(module.query.weight, start)
             init.copy_(module.key.weight, start)
         elif isinstance(module, ConceptStage) and module.beginning is not None:
-            init.normal_(module.beginning, mean=0.0, std=std)
-        if isinstance(module, Router):
-            init.zeros_(module.selection_bias)
+            init.normal_(module.beginning, mean=0.0, std=self._std(module))
 
     def mup_groups(self) -> dict[str, tuple[str, float]]:
         """Of each parameter: "embedding", "token", "concept" or "others", and its s (1 for embedding and others)."""

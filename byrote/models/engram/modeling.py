@@ -31,7 +31,7 @@ from byrote.models.engram.pretrained import EngramPreTrainedModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import check_ids, check_labels, check_places
 from byrote.models.memories import make_memories, memory_fields
-from byrote.models.place import length, place
+from byrote.models.place import attention_cache, length, place
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
@@ -119,7 +119,7 @@ class EngramModel(EngramPreTrainedModel):
         balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
-            cache = _attention_cache(past_key_values, i)
+            cache = attention_cache(past_key_values, i)
             output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
             streams = output.streams
             hidden_states.append(streams)
@@ -254,9 +254,3 @@ def _same_document(sequence: Sequence, steps: int) -> Tensor:
     """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
     alive = sequence.alive & shift(sequence.alive, steps, empty=False)
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
-
-
-def _attention_cache(cache: Cache | None, layer: int) -> Any:
-    if cache is None:
-        return None
-    return lambda latent, rope_key: cache.update(latent, rope_key, layer)
