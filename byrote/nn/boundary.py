@@ -54,28 +54,29 @@ class BoundaryHead(nn.Module):
 
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
+        if not self.training and loops(h) and not torch.is_autocast_enabled("cpu"):
+            return self._compiled(h, starts, alive, tail)
         with torch.autocast(h.device.type, enabled=False):
-            h = h.to(torch.promote_types(h.dtype, torch.float32))
-            query, key = h, h
-            if self.query is not None and self.key is not None:
-                query, key = (F.linear(h, m.weight.to(h.dtype)) for m in (self.query, self.key))
-            if not self.training and loops(query, key):
-                return self._compiled(query, key, starts, alive, tail), query
+            query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
             before = torch.cat([before, query[:, :-1]], dim=1)
             cosine = (F.normalize(before, dim=-1) * F.normalize(key, dim=-1)).sum(dim=-1)
             p = ((1 - cosine) / 2).clamp(0, 1)
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
 
-    @staticmethod
-    def _compiled(query: Tensor, key: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> Tensor:
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query is None or self.key is None:
+            return h, h
+        return F.linear(h, self.query.weight.to(h.dtype)), F.linear(h, self.key.weight.to(h.dtype))
+
+    def _compiled(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         from byrote.nn.kernels.concepts import boundary
 
+        query, key = self._project(h)
         before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
         p = query.new_empty(query.shape[:2])
-        tensors = query, key, before, starts, alive
-        run(boundary, *(tensor.contiguous() for tensor in tensors), p)
-        return p
+        run(boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
+        return p, query
 
 
 def sharpen(p: Tensor, tau: float) -> Tensor:
