@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
@@ -94,10 +94,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted; written over the logits if it can be."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if compilable(logits) and logits.numel():
-        from byrote.nn.kernels.cross_entropy import cross_entropy
-
         losses = logits.new_empty(len(logits))
-        run(cross_entropy, logits, targets.contiguous(), IGNORED, logits.amax(dim=1), losses)
+        largest = logits.amax(dim=1)
+        run(kernels("cross_entropy").cross_entropy, logits, targets.contiguous(), IGNORED, largest, losses)
         return losses.sum(), logits
     predicted = (targets != IGNORED).unsqueeze(1)
     column = targets.clamp_min(0).unsqueeze(1)
