@@ -80,16 +80,15 @@ def run(
     if tokens < 64 and not sums:  # a step of decoding, where every step on the way counts
         return kernel(0, tokens, *arrays)
     threads = torch.get_num_threads() if tokens >= 64 * torch.get_num_threads() else 1
+    if threads == 1:
+        return kernel(0, tokens, *arrays, *(_numbers(total.zero_()) for total in sums))
     ends = [tokens * i // threads for i in range(threads + 1)]
     parts = [tensor.new_zeros(threads, *tensor.shape) for tensor in sums]
 
     def share(i: int) -> None:
         kernel(ends[i], ends[i + 1], *arrays, *(part[i].numpy() for part in parts))
 
-    if threads == 1:
-        share(0)
-    else:
-        list(_pool(threads).map(share, range(threads)))
+    list(_pool(threads).map(share, range(threads)))
     for total, part in zip(sums, parts, strict=True):
         torch.sum(part, 0, out=total)
 
