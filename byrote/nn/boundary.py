@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import run
-from byrote.nn.gqa import loops
+from byrote.compiled import decoding, kernels, run
 
 
 class BoundaryHead(nn.Module):
@@ -54,7 +53,8 @@ class BoundaryHead(nn.Module):
 
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
-        if not self.training and loops(h) and not torch.is_autocast_enabled("cpu"):
+        weights = () if self.query is None or self.key is None else (self.query.weight, self.key.weight)
+        if not self.training and decoding(h, *weights):
             return self._compiled(h, starts, alive, tail)
         with torch.autocast(h.device.type, enabled=False):
             query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
@@ -70,12 +70,10 @@ class BoundaryHead(nn.Module):
         return F.linear(h, self.query.weight.to(h.dtype)), F.linear(h, self.key.weight.to(h.dtype))
 
     def _compiled(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        from byrote.nn.kernels.concepts import boundary
-
         query, key = self._project(h)
         before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
         p = query.new_empty(query.shape[:2])
-        run(boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
+        run(kernels("concepts").boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
         return p, query
 
 

@@ -31,8 +31,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byrote.compiled import run
-from byrote.nn.gqa import FEW, FEW_NUMBERS, attend, attend_few, in_storage, loops, split_heads
+from byrote.compiled import decoding, kernels, run
+from byrote.nn.gqa import FEW, FEW_NUMBERS, attend, attend_few, in_storage, split_heads
 from byrote.nn.norm import RMSNorm
 
 Weighting = Literal["replicated", "uniform"]
@@ -144,17 +144,15 @@ class ConceptAttention(nn.Module):
         """What the tokens of query [B, T, H * n] read, likewise, as one loop; None where a loop is not for it."""
         gain, eps = self.q_norm.weight, self.q_norm.eps
         few = query.numel() * key.shape[2] <= FEW_NUMBERS
-        if eps is None or not few or not loops(query, key, value, gain):
+        if eps is None or not few or not decoding(query, key, value, gain):
             return None
-        from byrote.nn.kernels.concepts import read
-
         flat = query.flatten(0, 1)
         out = torch.empty_like(flat)
         shape, *storage = in_storage(key, value)
         tokens = places.token_document.flatten(), places.token_position.flatten()
         concepts = places.concept_document.contiguous(), places.concept_position.contiguous()
         where = query.shape[1], *shape, *tokens, *concepts, self.weighting == "replicated"
-        run(read, flat, gain, eps, *storage, *where, out)
+        run(kernels("concepts").read, flat, gain, eps, *storage, *where, out)
         return out.view(query.shape)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, run
+from byrote.compiled import decoding, kernels, run
 from byrote.nn.mla import Cache
 from byrote.nn.rope import rotate
 
@@ -52,12 +52,11 @@ class GroupedQueryAttention(nn.Module):
         """
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         few = cache is not None and x.shape[1] <= FEW
-        compiled = few and loops(query, key) and rotary.shape[:2] == x.shape[:2]
+        compiled = few and decoding(query, key) and rotary.shape[:2] == x.shape[:2]
         if compiled:
-            from byrote.nn.kernels.attend import turn
-
-            run(turn, *(tensor.flatten(0, 1) for tensor in (query, key, rotary)))
-            key = split_heads(key, self.head_dim)
+            turned = torch.empty_like(query), torch.empty_like(key)
+            run(kernels("attend").turn, *(tensor.flatten(0, 1) for tensor in (query, key, rotary, *turned)))
+            query, key = turned[0], split_heads(turned[1], self.head_dim)
         else:
             query, key = (rotate(split_heads(tensor, self.head_dim), rotary) for tensor in (query, key))
         value = split_heads(value, self.head_dim)
@@ -75,11 +74,6 @@ class GroupedQueryAttention(nn.Module):
             query = split_heads(query, self.head_dim)
         out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def loops(*tensors: Tensor) -> bool:
-    """Whether a step of decoding can go through compiled loops: nothing is learned of it."""
-    return not torch.is_grad_enabled() and all(compilable(tensor) for tensor in tensors)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -118,12 +112,12 @@ def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 
 def attend_few_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
     """The same for query [B, T, H * n] and a bool mask, as one loop: [B, T, H * n]. None where a loop is not for it."""
-    if query.shape[-1] * query.shape[0] * query.shape[1] * key.shape[2] > FEW_NUMBERS or not loops(key, value):
+    if query.shape[-1] * query.shape[0] * query.shape[1] * key.shape[2] > FEW_NUMBERS or not decoding(
+        query, key, value
+    ):
         return None
     if mask is not None and mask.dtype != torch.bool:
         return None
-    from byrote.nn.kernels.attend import attend as loop
-
     rows, tokens, _ = query.shape
     places, *storage = in_storage(key, value)
     seen = query.new_empty(rows * tokens, 0, dtype=torch.bool)
@@ -131,7 +125,7 @@ def attend_few_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
         seen = mask.expand(rows, 1, tokens, -1).reshape(rows * tokens, -1).contiguous()
     flat = query.flatten(0, 1)
     out = torch.empty_like(flat)
-    run(loop, flat, *storage, tokens, *places, seen, out)
+    run(kernels("attend").attend, flat, *storage, tokens, *places, seen, out)
     return out.view(query.shape)
 
 

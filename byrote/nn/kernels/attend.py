@@ -13,18 +13,18 @@ from byrote.nn.kernels.options import OPTIONS, TWO, UNIT, exp
 NOTHING = np.float32(-np.inf)
 
 
-@numba.njit(f"void(int64, int64, {TWO}, {TWO}, complex64[:,::1])", **OPTIONS)
-def turn(begin, end, query, key, turns):
-    """Rotate the pairs of query [N, H * n] and key [N, G * n] by turns [N, n / 2], in place."""
+@numba.njit(f"void(int64, int64, {TWO}, {TWO}, complex64[:,::1], {TWO}, {TWO})", **OPTIONS)
+def turn(begin, end, query, key, turns, turned_query, turned_key):
+    """Rotate the pairs of query [N, H * n] and key [N, G * n] by turns [N, n / 2]."""
     half = turns.shape[1]
     for t in range(begin, end):
-        for x in (query[t], key[t]):
+        for x, out in ((query[t], turned_query[t]), (key[t], turned_key[t])):
             for at in range(0, len(x), 2 * half):
                 for i in range(half):
                     first, second = x[at + 2 * i], x[at + 2 * i + 1]
                     real, imaginary = turns[t, i].real, turns[t, i].imag
-                    x[at + 2 * i] = first * real - second * imaginary
-                    x[at + 2 * i + 1] = first * imaginary + second * real
+                    out[at + 2 * i] = first * real - second * imaginary
+                    out[at + 2 * i + 1] = first * imaginary + second * real
 
 
 @numba.njit(inline="always")
