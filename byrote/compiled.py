@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -59,6 +59,11 @@ def decoding(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     return compilable(*tensors) and not torch.is_autocast_enabled("cpu")
+
+
+def replaceable(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a loop may do the work of a module without calling it: it is of that kind, and has no hooks."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def run(

@@ -16,6 +16,8 @@ absorbed  moves W_UK into the query and W_UV behind the sum, so that one "head" 
           products: torch's attention would need c and k_R side by side and, for want of a kernel with one
           key head this wide, copy and scale them at every token.
 
+A single token a row, of which nothing is learned, takes two compiled loops for what stands between the projections.
+
 Which is cheaper follows from the multiplications per head for T queries over S cached tokens, S >> T:
 expanded S d_c (d_nope + d_v) + T S (d_nope + d_R + d_v), absorbed T S (2 d_c + d_R). Hence absorb when
 T (2 d_c - d_nope - d_v) < d_c (d_nope + d_v); at DeepSeek-V3's widths that is T <= 170.
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
+from byrote.compiled import compilable, decoding, kernels, replaceable, run
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotate
 
@@ -131,7 +133,9 @@ class MLA(nn.Module):
 
     def _compiled(self, x: Tensor, cache: Cache | None) -> bool:
         """Whether compiled loops stand between the projections: one token a row, of which nothing is learned."""
-        if x.shape[1] != 1 or self.training or type(self.kv_b_proj) is not nn.Linear:
+        if x.shape[1] != 1 or self.training:
+            return False
+        if not replaceable(self.kv_b_proj, nn.Linear) or not replaceable(self.kv_a_norm, RMSNorm):
             return False
         return decoding(x, self.kv_b_proj.weight) and self._absorbs(1, cache)
 
@@ -151,7 +155,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """[B, 1, H * v]; by torch's products where they are worth their call."""
         rows, _, keys, _ = latent.shape
-        if self.num_heads * keys * self.latent_dim > FEW_PRODUCTS:
+        if self.num_heads * keys * self.latent_dim > FEW_PRODUCTS or not compilable(latent, rope_key):
             return self._up(self._mixed(query, query_rope, latent, rope_key, mask)).transpose(1, 2).flatten(2)
         seen = query.new_empty(rows, 0, dtype=torch.bool) if mask is None else mask.expand(rows, 1, 1, keys)
         cached = latent.squeeze(1).contiguous(), rope_key.squeeze(1).contiguous()

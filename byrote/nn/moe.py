@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
+from byrote.compiled import decoding, kernels, replaceable, run
 from byrote.nn.router import Router, sequence_balance_loss
 from byrote.nn.swiglu import swiglu
 
@@ -47,13 +47,8 @@ class MLP(nn.Module):
     def plain_weights(self, x: Tensor) -> tuple[Tensor, ...]:
         """Those of gate, up and down; none where a layer must be called: it refuses x, or has an adapter or a hook."""
         layers = self.gate_proj, self.up_proj, self.down_proj
-        if x.shape[-1] != self.gate_proj.weight.shape[1] or not all(map(_is_plain, layers)):
-            return ()
-        return tuple(layer.weight for layer in layers)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) in PLAIN and not module._forward_hooks and not module._forward_pre_hooks
+        fits = x.shape[-1] == self.gate_proj.weight.shape[1] and all(replaceable(layer, nn.Linear) for layer in layers)
+        return tuple(layer.weight for layer in layers) if fits else ()
 
 
 class _Spread(torch.autograd.Function):
@@ -224,13 +219,13 @@ class DeepSeekMoE(nn.Module):
         if router.scores != "sigmoid" or router.n_group > 1 or x.shape[-1] != experts.gate_up.shape[-1]:
             return ()
         pairs = x.numel() // x.shape[-1] * router.top_k
-        parts = [router, experts] if shared is None else [router, experts, shared]
-        if pairs >= len(experts.gate_up) or not all(map(_is_plain, parts)):
+        if pairs >= len(experts.gate_up) or not replaceable(router, Router) or not replaceable(experts, Experts):
             return ()
         own = router.weight, experts.gate_up, experts.down
         if shared is None:
             return (*own, *[router.weight.new_empty(0, 0)] * 3)
-        return (*own, *weights) if (weights := shared.plain_weights(x)) else ()
+        weights = shared.plain_weights(x) if replaceable(shared, MLP) else ()
+        return (*own, *weights) if weights else ()
 
     def _few(self, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
@@ -238,6 +233,3 @@ class DeepSeekMoE(nn.Module):
         routing = router, its.selection_bias, its.top_k, its.renormalize, float(its.route_scale)
         run(kernels("moe").moe, tokens, *routing, gate_up, down, *shared, out)
         return out.view(x.shape)
-
-
-PLAIN = nn.Linear, MLP, Router, Experts

@@ -215,8 +215,25 @@ def test_a_compiled_step_of_a_broadcast_position_and_of_what_is_not_finite():
     assert y[0].isfinite().all() and y[1].isnan().all()
 
 
-def test_an_adapter_on_the_keys_is_called():
-    layer, x = build().eval(), torch.randn(1, 1, HIDDEN)
-    layer.kv_b_proj.__class__ = type("Adapter", (torch.nn.Linear,), {})
+def test_a_cache_in_another_precision():
+    layer, x = build().eval(), torch.randn(2, 1, HIDDEN)
+
+    def cache(latent, rope_key):
+        return latent.double(), rope_key.double()
+
     with torch.no_grad():
+        y = layer(x, angles(2, 0, 1), None, cache)
+    torch.testing.assert_close(y, layer(x, angles(2, 0, 1)), atol=1e-6, rtol=0)
+
+
+def test_adapters_and_hooks_are_called():
+    layer, x, seen = build().eval(), torch.randn(1, 1, HIDDEN), []
+    with torch.no_grad():
+        assert layer._compiled(x, Past())
+        for name in ("kv_a_norm", "q_proj", "kv_a_proj", "o_proj"):
+            handle = layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+            layer(x, angles(1, 0, 1), None, Past())
+            handle.remove()
+            assert seen.pop()
+        layer.kv_b_proj.__class__ = type("Adapter", (torch.nn.Linear,), {})
         assert not layer._compiled(x, Past())
