@@ -20,6 +20,8 @@ from byrote.tables.moves import (
     load_f32,
     load_i64,
     stream_vectors,
+    sum_1,
+    sum_16,
 )
 from byrote.tables.moves import copy as move
 from byrote.vectors import LANES
@@ -125,10 +127,20 @@ def gather_int4(records, size, ids, count, out, width):
 
 
 @compiled
-def nonzero_rows(values, count, width, out):
-    """out[i] = 1 if row i of float32 has a value that is not 0, else 0."""
+def sum_rows(values, order, ends, count, width, out, nonzero):
+    """out[i] = sum of values[order[j]] for ends[i - 1] <= j < ends[i], in that order, from 0; whether it is not 0."""
+    whole, size, last, begin = width // LANES * LANES, 4 * width, load_i64(ends + 8 * (count - 1)), 0
     for i in range(count):
-        row, k = values + 4 * width * i, 0
-        while k < width and load_f32(row + 4 * k) == 0:
-            k += 1
-        out[i] = k < width
+        end = load_i64(ends + 8 * i)
+        for j in range(begin + AHEAD, min(end + AHEAD, last)):
+            fetch(values + load_i64(order + 8 * j) * size, size)
+        row = out + i * size
+        for k in range(0, 4 * whole, 4 * LANES):
+            sum_16(row + k, values + k, size, order + 8 * begin, end - begin)
+        for k in range(4 * whole, size, 4):
+            sum_1(row + k, values + k, size, order + 8 * begin, end - begin)
+        k = 0
+        while k < size and load_f32(row + k) == 0:
+            k += 4
+        nonzero[i] = k < size
+        begin = end

@@ -14,9 +14,9 @@ many are left as the row has (`ladder`): with loops of three lines and five vect
 import numba
 from llvmlite import ir
 from numba import extending
-from numba.core import types
+from numba.core import cgutils, types
 
-from byrote.vectors import ladder, load, store
+from byrote.vectors import LANES, ladder, load, store
 
 AHEAD = 48  # rows: what is on its way fits the second cache
 LINE = 64  # bytes of a cache line
@@ -179,6 +179,32 @@ def copy(destination, source, size):
             done += 2
         if size & 1:
             copy_1(destination + done, source + done)
+
+
+def _sum(lanes):
+    """An intrinsic (destination, source, size, order, count): the sum of `lanes` float32 of `count` rows."""
+
+    @intrinsic
+    def run(typingctx, destination, source, size, order, count):
+        def generate(context, builder, signature, arguments):
+            destination, source, size, order, count = arguments
+            total = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes))
+            builder.store(ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes), total)
+            with cgutils.for_range(builder, count) as loop:
+                row = builder.load(
+                    builder.inttoptr(builder.add(order, builder.mul(loop.index, I64(8))), I64.as_pointer())
+                )
+                values = load(builder, builder.add(source, builder.mul(row, size)), F32, lanes)
+                builder.store(builder.fadd(builder.load(total), values), total)
+            store(builder, destination, builder.load(total))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return run
+
+
+sum_16, sum_1 = _sum(LANES), _sum(1)
 
 
 @intrinsic
