@@ -17,21 +17,8 @@ import numpy as np
 
 from byrote.lab.scaling_data import Runs
 from byrote.lab.scaling_fit import NAMES, fit_law
-from byrote.lab.scaling_law import Law
+from byrote.lab.scaling_law import MADE_UP as LAW
 
-LAW = Law(
-    e0=1.6,
-    a_token=80.0,
-    t_token=1e7,
-    delta_token=0.28,
-    a_concept=60.0,
-    gamma=0.15,
-    t_concept=3e7,
-    delta_concept=0.25,
-    a_data=400.0,
-    t_data=1e9,
-    alpha=0.29,
-)
 PAPER, WIDE = (274e6, 468e6, 833e6), (3e7, 1e8, 3e8, 1e9, 3e9)
 OFFSETS = {name: getattr(LAW, name) for name in ("t_token", "t_concept", "t_data")}
 CASES = {  # sizes, noise, share of runs that are 10 % too high, fixed

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -36,13 +37,33 @@ def plain_twins() -> Iterator[None]:
         _plain.reset(token)
 
 
-def compilable(x: Tensor) -> bool:
-    """Whether a loop of float32 on the CPU can take x."""
+@cache
+def kernels(name: str) -> Any:
+    """The file of compiled loops `byrote.nn.kernels.<name>`, which needs numba, imported when it is first wanted."""
+    return import_module(f"byrote.nn.kernels.{name}")
+
+
+def compilable(*tensors: Tensor) -> bool:
+    """Whether a loop of float32 on the CPU can take them."""
     import torch
 
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+    if torch.compiler.is_compiling() or any(x.dtype is not torch.float32 or x.device.type != "cpu" for x in tensors):
         return False
     return numba_is_there() and not _plain.get()
+
+
+def decoding(*tensors: Tensor) -> bool:
+    """Whether a loop of float32 on the CPU can take them, and nothing is learned from the call."""
+    import torch
+
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return compilable(*tensors) and not torch.is_autocast_enabled("cpu")
+
+
+def replaceable(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a loop may do the work of a module without calling it: it is of that kind, and has no hooks."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def run(
@@ -60,21 +81,19 @@ def run(
     import torch
 
     arrays = [_numbers(x) if isinstance(x, torch.Tensor) else x for x in (first, *others)]
-    tokens, threads = len(first) if tokens is None else tokens, torch.get_num_threads()
-    if tokens < 64 * threads:
-        if not sums:  # a step of decoding, where every step on the way counts
-            return kernel(0, tokens, *arrays)
-        threads = 1
+    tokens = len(first) if tokens is None else tokens
+    if tokens < 64 and not sums:  # a step of decoding, where every step on the way counts
+        return kernel(0, tokens, *arrays)
+    threads = torch.get_num_threads() if tokens >= 64 * torch.get_num_threads() else 1
+    if threads == 1:
+        return kernel(0, tokens, *arrays, *(_numbers(total.zero_()) for total in sums))
     ends = [tokens * i // threads for i in range(threads + 1)]
     parts = [tensor.new_zeros(threads, *tensor.shape) for tensor in sums]
 
     def share(i: int) -> None:
         kernel(ends[i], ends[i + 1], *arrays, *(part[i].numpy() for part in parts))
 
-    if threads == 1:
-        share(0)
-    else:
-        list(_pool(threads).map(share, range(threads)))
+    list(_pool(threads).map(share, range(threads)))
     for total, part in zip(sums, parts, strict=True):
         torch.sum(part, 0, out=total)
 

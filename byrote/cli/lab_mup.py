@@ -11,7 +11,7 @@ from rich.console import Console
 def mup_check(
     base: Annotated[int, typer.Option(help="The base width; others are 2, 4, 8 times it.")] = 64,
     rate: Annotated[float, typer.Option(help="The rate at the base width.")] = 5e-3,
-    seeds: Annotated[int, typer.Option(help="The largest spread of so many is shown.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Largest spread, mean loss of so many.")] = 1,
     text: Annotated[Path | None, typer.Option(help="A corpus of `byrote data`: sweep rates on it.")] = None,
     steps: Annotated[int, typer.Option(help="Of a training in the sweep.")] = 200,
     plot: Annotated[Path, typer.Option(help="The picture.")] = Path("runs/mup-check.png"),
@@ -52,37 +52,45 @@ def mup_check(
     content: dict[str, Any] = {"base": base, "rate": rate, "seeds": seeds, "spreads": spreads}
     content["rms"] = {name: [one.rms.tolist() for one in checks] for name, checks in found.items()}
     if text is not None:
-        content["sweep"] = _sweep(console, Options(base, rate), text, steps)
+        content["sweep"] = _sweep(console, [Options(base, rate, seed=seed) for seed in range(seeds)], text, steps)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _sweep(console: Console, options: Any, text: Path, steps: int) -> dict[str, Any]:
+def _sweep(console: Console, seeds: list[Any], text: Path, steps: int) -> dict[str, Any]:
+    import numpy as np
     from rich.table import Table
 
     from byrote.data.tokenizer import load_tokenizer
     from byrote.lab.mup_check import sweep
+    from byrote.lab.transfer import Transfer
 
-    rates = [options.rate * 2.0**power for power in range(-4, 4)]
+    rates = [seeds[0].rate * 2.0**power for power in range(-4, 4)]
+    vocab_size = len(load_tokenizer(text / "tokenizer"))
     content = {}
     shown = Table("rate", box=None, pad_edge=False)
     columns = [[f"{rate:.3g}" for rate in rates]]
     for name, mup in (("muP", True), ("standard", False)):
         with console.status(f"sweep, {name}"):
-            swept = sweep(options, text, len(load_tokenizer(text / "tokenizer")), steps, rates, mup)
+            each = [sweep(options, text, vocab_size, steps, rates, mup) for options in seeds]
+        swept = Transfer(each[0].widths, rates, np.mean([one.losses for one in each], axis=0))
         for width, losses, best in zip(swept.widths, swept.losses, swept.best, strict=True):
             shown.add_column(f"{name}, {width}")
             columns.append([f"{loss:.3f}{' best' if r == best else ''}" for r, loss in zip(rates, losses, strict=True)])
-        content[name] = {"widths": swept.widths, "losses": swept.losses.tolist(), "best": swept.best}
-        content[name] |= {"shift": swept.shift, "at_an_end": swept.at_an_end, "rates": rates}
+        content[name] = {"widths": swept.widths, "losses": swept.losses.tolist(), "best": swept.best, "rates": rates}
+        content[name] |= {"shift": swept.shift, "at_an_end": swept.at_an_end}
+        content[name]["seeds"] = [{"losses": one.losses.tolist(), "shift": one.shift} for one in each]
     for row in zip(*columns, strict=True):
         shown.add_row(*row)
     console.print()
     console.print(shown, highlight=False)
     for name, one in content.items():
         beyond = ", at an end of the grid" if one["at_an_end"] else ""
+        of_each = ", ".join(f"{seed['shift']:+d}" for seed in one["seeds"])
         console.print(
-            f"{name}: the best rate moves by {one['shift']:+d} steps of a factor of 2{beyond}", highlight=False
+            f"{name}: the best rate moves by {one['shift']:+d} steps of a factor of 2{beyond} (each seed: {of_each})",
+            soft_wrap=True,
+            highlight=False,
         )
     return content

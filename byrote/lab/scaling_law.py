@@ -81,6 +81,22 @@ class Law:
         return float(expit(brentq(gain, -REACH, REACH, xtol=1e-12)))
 
 
+# Of no model, and in no paper: a fit is tested by what it recovers of this law.
+MADE_UP = Law(
+    e0=1.6,
+    a_token=80.0,
+    t_token=1e7,
+    delta_token=0.28,
+    a_concept=60.0,
+    gamma=0.15,
+    t_concept=3e7,
+    delta_concept=0.25,
+    a_data=400.0,
+    t_data=1e9,
+    alpha=0.29,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decay:
     k: float

@@ -4,8 +4,6 @@
 
 A paired difference is the same of x_i - y_i, where run i of both saw the same seed: the order of the data and the
 initial weights, as far as the models share them, cancel. Of one value there is a mean and no more: sd and half are nan.
-
-t is exact for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4), found by bisection.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -43,31 +42,10 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], level: fl
     return summarize([values[seed] - baseline[seed] for seed in seeds], level) if seeds else None
 
 
-@lru_cache
 def student_t(degrees: int, level: float = LEVEL) -> float:
     """The t with P(-t < T < t) = level for Student's distribution with so many degrees of freedom."""
     if degrees < 1:
         raise ValueError(f"degrees={degrees}: give at least 1, which takes two values")
     if not 0 < level < 1:
         raise ValueError(f"level={level}: give a probability between 0 and 1")
-    low, high = 0.0, 1.0
-    while two_sided(high, degrees) < level:
-        high *= 2
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if two_sided(middle, degrees) < level else (low, middle)
-    return high
-
-
-def two_sided(t: float, degrees: int) -> float:
-    """P(-t < T < t)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    cosine = math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    return float(stdtrit(degrees, (1 + level) / 2))

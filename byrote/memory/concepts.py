@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from byrote.memory.sequence import Sequence
+from byrote.memory.sequence import Sequence, stepping
 from byrote.memory.state import Field, MemoryState
 
 NOWHERE = -1
@@ -49,7 +49,8 @@ class ConceptState(MemoryState):
     def reset(self) -> None:
         super().reset()
         self.slots: dict[str, Tensor] = {}
-        self.lengths = torch.empty(0, dtype=torch.int64)
+        self.lengths = self._counted = torch.empty(0, dtype=torch.int64)
+        self._most = 0
         self.open_total = self.open_count = torch.empty(0)
         self.opens = False
         self.last: Tensor | None = None
@@ -63,6 +64,13 @@ class ConceptState(MemoryState):
         self.open_total = torch.zeros(rows, hidden_size, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.open_count = torch.zeros(rows, dtype=torch.int64, device=device)
 
+    @property
+    def most(self) -> int:
+        """Slots in use in any row."""
+        if self._counted is not self.lengths:
+            self._counted, self._most = self.lengths, int(self.lengths.max())
+        return self._most
+
     def write(self, name: str, rows: Tensor, slots: Tensor, values: Tensor, most: int) -> None:
         """Keep values [N, ...] in the slots [N] of rows [N], all below `most`: ids as [N], keys as [N, H, n]."""
         keys = values.dim() == 3
@@ -75,15 +83,19 @@ class ConceptState(MemoryState):
             or buffer.is_inference() != torch.is_inference_mode_enabled()
         ):
             buffer = buffer.clone()  # a backward may need the old one, or it may not be written in this mode
+        row: Tensor | int = rows
+        slot: Tensor | int = slots
+        if len(rows) == 1 and stepping(buffer):  # plain slices cost less than an index of tensors
+            row, slot, values = int(rows), int(slots), values[0]
         if keys:
-            buffer[rows, :, slots] = values.to(buffer.dtype)
+            buffer[row, :, slot] = values.to(buffer.dtype)
         else:
-            buffer[rows, slots] = values.to(buffer.dtype)
+            buffer[row, slot] = values.to(buffer.dtype)
         self.slots[name] = buffer
 
     def read(self, name: str, rows: Tensor | None = None, most: int | None = None) -> Tensor:
         """The first `most` slots of `rows`; of all, unless given."""
-        most = int(self.lengths.max()) if most is None else most
+        most = self.most if most is None else most
         buffer = self.slots[name]
         buffer = buffer[:, :, :most] if buffer.dim() == 4 else buffer[:, :most]
         return buffer if rows is None or len(rows) == len(buffer) else buffer.index_select(0, rows)
@@ -98,6 +110,10 @@ class ConceptState(MemoryState):
             self.concept_record.states.append(states)
             self.concept_record.boundaries.append(boundaries)
             self.concept_record.alive.append(sequence.alive)
+        if sequence.goes_on and not boundaries.any():  # most steps of decoding: each row's segment grows by its token
+            self.open_total, self.open_count = self.open_total + states[:, 0], self.open_count + 1
+            self.opens = opens
+            return
         self._move(self.lengths, self.open_total, self.open_count, states, boundaries, sequence.alive, opens)
 
     def _move(

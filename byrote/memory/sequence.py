@@ -10,7 +10,9 @@ B rows of T new tokens; S = slots of the attention cache with the new tokens in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +51,28 @@ class Sequence:
         document = torch.maximum(torch.where(starts, steps + past, -1).cummax(dim=1).values, last_document)
         return cls(position_ids, alive, starts, document)
 
+    @classmethod
+    def step(
+        cls, position_ids: Tensor | None, alive: Tensor, past: int, last_position: Tensor, last: Tensor
+    ) -> Sequence:
+        """`place` of one token a row on a CPU, where calling torch costs more than its work; `last` is the document.
+
+        Without position_ids the documents go on.
+        """
+        living, before = alive.numpy(), last_position.numpy()
+        position = np.maximum(np.maximum(before, -1) + living, 0) if position_ids is None else position_ids.numpy()
+        starts = living & (position != before + 1)
+        document = np.where(starts, past, last.numpy())
+        position_ids = torch.from_numpy(position) if position_ids is None else position_ids
+        return cls(position_ids, alive, torch.from_numpy(starts), torch.from_numpy(document))
+
+    @cached_property
+    def goes_on(self) -> bool:
+        """Is this a step of decoding in which every row goes on with its document? False where asking costs more."""
+        if self.alive.shape[1] != 1 or not stepping(self.alive):
+            return False
+        return bool(self.alive.numpy().all()) and not self.starts.numpy().any()
+
     def mask(self, past: int | Tensor, key_alive: Tensor) -> Tensor:
         """Attention mask bool [B, 1, T, S]: alive keys of the query's own document, not later than the query.
 
@@ -58,6 +82,11 @@ class Sequence:
         keys = torch.arange(key_alive.shape[1], device=self.alive.device)[None, None, :]
         visible = (keys <= queries) & (keys >= self.document[:, :, None]) & key_alive[:, None, :]
         return (visible | (keys == queries)).unsqueeze(1)
+
+
+def stepping(x: Tensor) -> bool:
+    """Whether values of x can be looked at for nothing: a GPU would have to be waited for, a compiler has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def carry(tail: Tensor, columns: Tensor, alive: Tensor, starts: Tensor, empty: float) -> Tensor:

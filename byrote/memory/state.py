@@ -69,10 +69,9 @@ class MemoryState(CacheLayerMixin):
     @classmethod
     def attach(cls, cache: Cache, num_attention_layers: int, fields: Mapping[str, Field]) -> MemoryState:
         """The memory layer of `cache`, appended behind its attention layers if it is not there yet."""
-        state = cls(fields)
         if cache.layers and isinstance(cache.layers[-1], cls):
             found = cache.layers[-1]
-            if len(cache.layers) != num_attention_layers + 1 or found.fields != state.fields:
+            if len(cache.layers) != num_attention_layers + 1 or found.fields != {**PLACE_FIELDS, **fields}:
                 raise ValueError("past_key_values holds the memory state of another model: start from an empty cache")
             return found
         if int(cache.get_seq_length()) > 0:
@@ -87,6 +86,7 @@ class MemoryState(CacheLayerMixin):
                 f"past_key_values has {len(cache.layers)} layers, the model {num_attention_layers} with attention: "
                 "make the cache with this model's config"
             )
+        state = cls(fields)
         cache.layers.append(state)
         return state
 
@@ -106,20 +106,28 @@ class MemoryState(CacheLayerMixin):
     def advance(self, name: str, columns: Tensor, sequence: Sequence) -> None:
         """Let the tail `name` move over the columns [B, T, ...] of the new tokens."""
         self.is_initialized = True
-        tail = carry(self.tails[name], columns, sequence.alive, sequence.starts, self.fields[name].empty)
+        buffer = self.tails[name]
+        # A backward may need the old tail, or it may not be written in this mode.
+        writable = not torch.is_grad_enabled() and not buffer.requires_grad
+        writable &= buffer.is_inference() == torch.is_inference_mode_enabled()
+        if sequence.goes_on and writable and not self.record_past and buffer.shape[1]:
+            self.records.clear()
+            columns = columns.to(buffer.dtype)
+            buffer.copy_(columns if buffer.shape[1] == 1 else torch.cat([buffer[:, 1:], columns], dim=1))
+            return
+        tail = carry(buffer, columns, sequence.alive, sequence.starts, self.fields[name].empty)
         if self.record_past:
-            record = self.records.setdefault(name, Record(self.tails[name].clone()))
+            record = self.records.setdefault(name, Record(buffer.clone()))
             record.columns.append(columns)
             record.alive.append(sequence.alive)
             record.starts.append(sequence.starts)
             self.tails[name] = tail
             return
         self.records.clear()
-        buffer = self.tails[name]
-        if torch.is_grad_enabled() or buffer.requires_grad or buffer.is_inference() != tail.is_inference():
-            self.tails[name] = tail  # a backward may need the old one, or it may not be written in this mode
-        else:
+        if writable:
             buffer.copy_(tail)
+        else:
+            self.tails[name] = tail
 
     def activate_past_recording(self) -> None:
         self.record_past = True

@@ -20,7 +20,7 @@ times heads.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -29,11 +29,13 @@ from byrote.tables.codecs import CODECS
 
 
 class MemoryConfig:
-    """A mixin: the config sets the fields, then calls the checks and, if it has memories, `_settle_address`.
+    """A mixin: the config sets the fields, those of memories by `_set_memory(locals())`, and calls the checks and, with
+    memories, `_settle_address`. `presets` are its named shapes.
 
     No subclass of PreTrainedConfig, which would take the annotations for fields of its own to fill in.
     """
 
+    presets: dict[str, dict[str, Any]]
     vocab_size: int
     num_streams: int
     stream_connection: str
@@ -51,7 +53,30 @@ class MemoryConfig:
     memory_zero_gate_rule: str
     memory_bias: bool
     memory_initializer_range: float
+    initializer_range: float
     address: dict[str, Any] | None
+
+    @classmethod
+    def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> Self:
+        """A named shape with some fields changed.
+
+        `vocabulary`: the map of `byrote.address.compress(tokenizer)`; it sets `vocab_size` and the addresses.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
+        if vocabulary is not None:
+            overrides.setdefault("vocab_size", len(vocabulary))
+        return cls(**{**cls.presets[name], **overrides}, vocabulary=vocabulary)  # type: ignore[call-arg]
+
+    def _set_memory(self, given: dict[str, Any]) -> None:
+        """Take the fields of memories from the arguments of `__init__`."""
+        for field in MemoryConfig.__annotations__:
+            if field.startswith("memory_") and field in given:
+                setattr(self, field, given[field])
+        self.memory_layers = list(given["memory_layers"] or [])
+        self.memory_table_sizes = (
+            [1024, 1024] if given["memory_table_sizes"] is None else [*given["memory_table_sizes"]]
+        )
 
     @property
     def spec(self) -> AddressSpec | None:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from byrote.memory import MemoryState, Sequence
-from byrote.memory.sequence import NO_POSITION
+from byrote.memory.sequence import NO_POSITION, stepping
+from byrote.nn.mla import Cache as AttentionCache
 
 
 def place(
@@ -17,16 +18,16 @@ def place(
     past: int | Tensor,
     cache: Cache | None,
     state: MemoryState | None,
-    single_sees_all: bool = False,
 ) -> tuple[Sequence, Tensor | None]:
-    """The sequence of the new tokens, and the attention mask [B, 1, T, S] (None: plain causal).
+    """The sequence of the new tokens, and the attention mask [B, 1, T, S].
 
-    `single_sees_all`: attention takes None to mean that a single new token sees all of the cache, and is told so where
-    nothing hides a part of it. Only a CPU is asked: a GPU would have to be waited for.
+    None for a mask: plain causal over new tokens that are all there is, or a single one that sees all of the cache.
     """
     batch, steps = input_ids.shape
     known = int(past) + steps
     plain = attention_mask is None and position_ids is None and cache is None
+    if steps == 1 and state is not None and stepping(input_ids):
+        return _step(attention_mask, position_ids, known, cache, state)
     key_alive = (
         torch.ones(batch, known, dtype=torch.bool, device=input_ids.device)
         if attention_mask is None
@@ -42,16 +43,36 @@ def place(
     sequence = Sequence.place(position_ids, key_alive[:, -steps:], past, last_position, last_document)
     if plain:
         return sequence, None
-    slots = max(known, cache.get_max_length(0)) if cache is not None else known
-    if single_sees_all and steps == 1 and slots == known and _nothing_hidden(sequence, attention_mask):
+    return sequence, _mask(sequence, key_alive, past, cache)
+
+
+def _step(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    known: int,
+    cache: Cache | None,
+    state: MemoryState,
+) -> tuple[Sequence, Tensor | None]:
+    """`place` of one token a row behind a past, on a CPU."""
+    last_position, last_document = state.tails["position"], state.tails["document"]
+    rows = len(last_position)
+    alive = torch.ones(rows, 1, dtype=torch.bool) if attention_mask is None else attention_mask[:, -1:].bool()
+    position_ids = None if position_ids is None else position_ids.expand(rows, -1)
+    sequence = Sequence.step(position_ids, alive, known - 1, last_position, last_document)
+    seen = attention_mask is None or bool(attention_mask.all())
+    if seen and not sequence.document.numpy().any() and _slots(cache, known) == known:
         return sequence, None
-    return sequence, sequence.mask(past, nn.functional.pad(key_alive, (0, slots - known)))
+    key_alive = torch.ones(rows, known, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return sequence, _mask(sequence, key_alive, known - 1, cache)
 
 
-def _nothing_hidden(sequence: Sequence, attention_mask: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or sequence.document.device.type != "cpu":
-        return False
-    return not sequence.document.any() and (attention_mask is None or bool(attention_mask.all()))
+def _mask(sequence: Sequence, key_alive: Tensor, past: int | Tensor, cache: Cache | None) -> Tensor:
+    known = key_alive.shape[1]
+    return sequence.mask(past, nn.functional.pad(key_alive, (0, _slots(cache, known) - known)))
+
+
+def _slots(cache: Cache | None, known: int) -> int:
+    return known if cache is None else max(known, cache.get_max_length(0))
 
 
 def length(cache: Cache | None) -> int | Tensor:
@@ -60,3 +81,10 @@ def length(cache: Cache | None) -> int | Tensor:
         return 0
     length = cache.get_seq_length()
     return length.clone() if isinstance(length, Tensor) else length
+
+
+def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
+    """What the attention of a layer keeps its keys and values with."""
+    if cache is None:
+        return None
+    return lambda key, value: cache.update(key, value, layer)

@@ -1,4 +1,4 @@
-"""MemoryPreTrainedModel: what all models with memories share, folders that hold a whole model.
+"""MemoryPreTrainedModel: what all models with memories share, initialization and folders that hold a whole model.
 
 Tables are not parameters: `save_pretrained` and `from_pretrained` write and open them beside the backbone.
 """
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from byrote.memory import MemoryStack
 from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
+from byrote.models.initialization import initialize
 from byrote.tables import RamTable, Table
 from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
@@ -33,6 +35,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self._std(module))
+
+    def _std(self, module: nn.Module) -> float:
+        """Under muP that of hidden matrices is divided by the root of s."""
+        return self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
 
     @property
     def memory_stack(self) -> MemoryStack | None:

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.compiled import decoding, kernels, run
+
 
 class BoundaryHead(nn.Module):
     """`scan_size` s: of q and k; 0 compares the states themselves, without parameters."""
@@ -51,16 +53,28 @@ class BoundaryHead(nn.Module):
 
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
+        weights = () if self.query is None or self.key is None else (self.query.weight, self.key.weight)
+        if not self.training and decoding(h, *weights):
+            return self._compiled(h, starts, alive, tail)
         with torch.autocast(h.device.type, enabled=False):
-            h = h.to(torch.promote_types(h.dtype, torch.float32))
-            query, key = h, h
-            if self.query is not None and self.key is not None:
-                query, key = (F.linear(h, m.weight.to(h.dtype)) for m in (self.query, self.key))
+            query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
             before = torch.cat([before, query[:, :-1]], dim=1)
             cosine = (F.normalize(before, dim=-1) * F.normalize(key, dim=-1)).sum(dim=-1)
             p = ((1 - cosine) / 2).clamp(0, 1)
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
+
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query is None or self.key is None:
+            return h, h
+        return F.linear(h, self.query.weight.to(h.dtype)), F.linear(h, self.key.weight.to(h.dtype))
+
+    def _compiled(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, key = self._project(h)
+        before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
+        p = query.new_empty(query.shape[:2])
+        run(kernels("concepts").boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
+        return p, query
 
 
 def sharpen(p: Tensor, tau: float) -> Tensor:

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from byrote.memory.sequence import stepping
+
 Convention = Literal["close", "open", "literal"]
 CONVENTIONS = ("close", "open", "literal")
 
@@ -40,16 +42,21 @@ CLAMP = 1e-4
 @dataclass(frozen=True)
 class Formed:
     """The concepts that new tokens form: row and step [N], the token where each forms; rank [N], its number among those
-    of its row; counts [B].
+    of its row; counts [B]. `whole`: there is one token a row, and each forms one, so that nothing has to be found.
     """
 
     row: Tensor
     step: Tensor
     rank: Tensor
     counts: Tensor
+    whole: bool = False
 
     @classmethod
     def of(cls, boundaries: Tensor) -> Formed:
+        rows, steps = boundaries.shape
+        if steps == 1 and stepping(boundaries) and bool(boundaries.all()):
+            zeros = torch.zeros(rows, dtype=torch.int64)
+            return cls(torch.arange(rows), zeros, zeros, zeros + 1, whole=True)
         row, step = boundaries.nonzero(as_tuple=True)
         counts = boundaries.sum(dim=1)
         before = counts.cumsum(0) - counts
@@ -57,14 +64,18 @@ class Formed:
 
     def among(self, rows: Tensor) -> Formed:
         """The same, counted among `rows`: ascending, and all that form a concept are of them."""
+        if self.whole:
+            return self
         return Formed(torch.searchsorted(rows, self.row), self.step, self.rank, self.counts[rows])
 
     def at(self, x: Tensor) -> Tensor:
         """x [B, T, ...] at the tokens where concepts form, [N, ...]."""
-        return x[self.row, self.step]
+        return x[:, 0] if self.whole else x[self.row, self.step]
 
     def pad(self, x: Tensor, empty: float = 0) -> Tensor:
         """x [N, ...] row by row, [B, M, ...], `empty` behind a row's last."""
+        if self.whole:
+            return x.unsqueeze(1)
         most = int(self.counts.max()) if len(self.row) else 0
         padded = x.new_full((len(self.counts), most, *x.shape[1:]), empty)
         return padded.index_put((self.row, self.rank), x)
@@ -85,6 +96,8 @@ def pool(
     """
     if not len(formed.row):
         return h.new_zeros(0, h.shape[-1])
+    if formed.whole:
+        return _pool_one(h[:, 0], starts[:, 0], convention, waiting)
     seen = boundaries.cumsum(dim=1)
     # Which of its row's new concepts a token is pooled into, if there is that one.
     ordinal = {"close": seen - boundaries.long(), "open": seen, "literal": seen - 1}[convention]
@@ -104,12 +117,26 @@ def pool(
     return (total / sizes.clamp_min(1)[:, None]).to(h.dtype)
 
 
+def _pool_one(h: Tensor, starts: Tensor, convention: Convention, waiting: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`pool` of one token a row, h [B, d], at which each row's concept forms."""
+    if convention == "literal":
+        return h
+    total, count = torch.zeros_like(h), torch.zeros_like(starts, dtype=torch.int64)
+    if waiting is not None:
+        total, count = waiting[0] * ~starts[:, None], waiting[1] * ~starts
+    if convention == "close":
+        total, count = total + h, count + 1
+    return (total / count.clamp_min(1)[:, None]).to(h.dtype)
+
+
 def smooth(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None = None) -> Tensor:
     """y [B, M, d] of concepts z [B, M, d] with probabilities p [B, M]; `starts`: the first of a document.
 
     `last` [B, d]: the y before these. What stands behind a row's last concept is of no use to anyone.
     """
     dtype, wide = z.dtype, torch.float64
+    if z.shape[1] == 1:
+        return _smooth_one(z, p.to(torch.promote_types(dtype, torch.float32)), starts, last)
     p = p.to(wide).clamp(CLAMP, 1 - CLAMP).masked_fill(starts, 1)
     # In float64: over thousands of concepts the sums grow, and their differences are what counts.
     fades = torch.log1p(-p.masked_fill(starts, 0)).cumsum(dim=1)
@@ -125,6 +152,12 @@ def smooth(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None = None) -> 
         return y
     decay = (fades.exp() * (document == 0)).to(dtype)
     return y + decay[..., None] * last.to(dtype)[:, None]
+
+
+def _smooth_one(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None) -> Tensor:
+    share = p.clamp(CLAMP, 1 - CLAMP).masked_fill(starts, 1)[..., None]
+    y = share.to(z.dtype) * z
+    return y if last is None else y + (1 - share).to(z.dtype) * last.to(z.dtype)[:, None]
 
 
 def smooth_one_by_one(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None = None) -> Tensor:

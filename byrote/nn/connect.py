@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 STREAMS = 4
 
@@ -54,7 +54,8 @@ class _Connect(torch.autograd.Function):
         z = F.linear(kept.flatten(1), weight)
         x, pre, post = torch.empty_like(kept[:, 0]), kept.new_empty(len(z), STREAMS), kept.new_empty(len(z), STREAMS)
         mix = kept.new_empty(len(z), STREAMS, STREAMS)
-        run(_kernels().connect, kept, z, bias, scale, norm_eps, eps, steps, x, pre, post, mix)  # z <- weight RMS(vec X)
+        inputs = kept, z, bias, scale, norm_eps, eps, steps  # z becomes weight RMS(vec X)
+        run(kernels("connect").connect, *inputs, x, pre, post, mix)
         ctx.save_for_backward(kept, weight, bias, scale, z, pre, post, mix)
         ctx.options = norm_eps, eps, steps
         return x, post, mix, kept.view_as(kept)
@@ -67,7 +68,7 @@ class _Connect(torch.autograd.Function):
         to_streams, to_z = torch.empty_like(streams), torch.empty_like(z)
         to_bias, to_scale = torch.empty_like(bias), torch.empty_like(bias)
         inputs = streams, bias, scale, z, pre, post, mix, *ctx.options, *arrived
-        run(_kernels().connect_backward, *inputs, to_streams, to_z, sums=[to_bias, to_scale])
+        run(kernels("connect").connect_backward, *inputs, to_streams, to_z, sums=[to_bias, to_scale])
         to_streams.flatten(1).addmm_(to_z, weight)
         groups = to_scale.split([STREAMS, STREAMS, STREAMS**2])
         to_scale = torch.stack([group.sum() for group in groups])
@@ -80,7 +81,7 @@ class _WriteBack(torch.autograd.Function):
         y = y.contiguous()
         ctx.save_for_backward(streams, y, post)
         out = torch.empty_like(streams)
-        run(_mix_kernels().write, streams, y, mix, post, out)
+        run(kernels("mix").write, streams, y, mix, post, out)
         return out
 
     @staticmethod
@@ -89,17 +90,5 @@ class _WriteBack(torch.autograd.Function):
         streams, y, post = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         to_y, to_post, to_mix = torch.empty_like(y), torch.empty_like(post), post.new_empty(len(post), STREAMS, STREAMS)
-        run(_mix_kernels().write_back_backward, streams, y, post, gradient, to_y, to_mix, to_post)
+        run(kernels("mix").write_back_backward, streams, y, post, gradient, to_y, to_mix, to_post)
         return gradient, to_y, to_mix, to_post
-
-
-def _kernels() -> Any:
-    from byrote.nn.kernels import connect
-
-    return connect
-
-
-def _mix_kernels() -> Any:
-    from byrote.nn.kernels import mix
-
-    return mix

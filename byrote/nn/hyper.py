@@ -177,7 +177,7 @@ class ManifoldConnection(_Connection):
 
 class MeanExit(nn.Module):
     def forward(self, streams: Tensor) -> Tensor:
-        return streams.mean(dim=2)
+        return streams.squeeze(2) if streams.shape[2] == 1 else streams.mean(dim=2)
 
 
 class GatedExit(nn.Module):

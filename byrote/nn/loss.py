@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
@@ -60,8 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        total, at = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), 0
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        to_weight = torch.empty_like(weight, dtype=exact)
+        total, at = hidden.new_zeros((), dtype=exact), 0
         logits = None  # of every chunk in turn: memory that is new each time costs half as much as the product
         for part, its_targets in _chunks(hidden, targets, weight):
             logits = torch.mm(part, weight.T, out=None if logits is None else logits[: len(part)])
@@ -70,10 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=to_hidden[at : at + len(part)])
             if to_weight.dtype == gradient.dtype:
-                to_weight.addmm_(gradient.T, part)
+                to_weight.addmm_(gradient.T, part, beta=1 if at else 0)
+            elif not at:
+                to_weight.copy_(gradient.T @ part)
             else:
                 to_weight += gradient.T @ part
             at += len(part)
+        if not at:
+            to_weight.zero_()
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.dtype = weight.dtype
         return total
@@ -94,10 +99,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted; written over the logits if it can be."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if compilable(logits) and logits.numel():
-        from byrote.nn.kernels.cross_entropy import cross_entropy
-
         losses = logits.new_empty(len(logits))
-        run(cross_entropy, logits, targets.contiguous(), IGNORED, logits.amax(dim=1), losses)
+        largest = logits.amax(dim=1)
+        run(kernels("cross_entropy").cross_entropy, logits, targets.contiguous(), IGNORED, largest, losses)
         return losses.sum(), logits
     predicted = (targets != IGNORED).unsqueeze(1)
     column = targets.clamp_min(0).unsqueeze(1)

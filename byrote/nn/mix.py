@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class _Read(torch.autograd.Function):
         kept, pre = streams.contiguous(), pre.contiguous()
         ctx.save_for_backward(kept, pre)
         x = torch.empty_like(kept[:, 0])
-        run(_kernels().read, kept, pre, x)
+        run(kernels("mix").read, kept, pre, x)
         return x, streams.view_as(streams)
 
     @staticmethod
@@ -97,7 +97,7 @@ class _Read(torch.autograd.Function):
         streams, pre = ctx.saved_tensors
         to_x, to_streams = (gradient.contiguous() for gradient in gradients)
         to_pre = torch.empty_like(pre)
-        run(_kernels().read_backward, streams, pre, to_x, to_streams, to_pre)
+        run(kernels("mix").read_backward, streams, pre, to_x, to_streams, to_pre)
         return to_streams, to_pre
 
 
@@ -107,7 +107,7 @@ class _Write(torch.autograd.Function):
         saved = [tensor.contiguous() for tensor in (streams, y, mix, post)]
         ctx.save_for_backward(*saved)
         out = torch.empty_like(saved[0])
-        run(_kernels().write, *saved, out)
+        run(kernels("mix").write, *saved, out)
         return out
 
     @staticmethod
@@ -115,11 +115,5 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         to_each = [torch.empty_like(tensor) for tensor in saved]
-        run(_kernels().write_backward, *saved, gradients[0].contiguous(), *to_each)
+        run(kernels("mix").write_backward, *saved, gradients[0].contiguous(), *to_each)
         return tuple(to_each)
-
-
-def _kernels() -> Any:
-    from byrote.nn.kernels import mix
-
-    return mix

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, run
+from byrote.compiled import decoding, kernels, replaceable, run
 from byrote.nn.router import Router, sequence_balance_loss
 from byrote.nn.swiglu import swiglu
+
+FEW_PRODUCTS = 2**20  # of a layer with its tokens, below which the calls cost more than the products
 
 
 class MLP(nn.Module):
@@ -34,7 +36,19 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        weights = () if self.training else self.plain_weights(x)
+        if weights and x.numel() * len(weights[0]) <= FEW_PRODUCTS and decoding(x, *weights):
+            tokens = x.reshape(-1, x.shape[-1]).contiguous()
+            out = torch.empty_like(tokens)
+            run(kernels("moe").mlp, tokens, *weights, out)
+            return out.view(x.shape)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    def plain_weights(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Those of gate, up and down; none where a layer must be called: it refuses x, or has an adapter or a hook."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        fits = x.shape[-1] == self.gate_proj.weight.shape[1] and all(replaceable(layer, nn.Linear) for layer in layers)
+        return tuple(layer.weight for layer in layers) if fits else ()
 
 
 class _Spread(torch.autograd.Function):
@@ -114,15 +128,11 @@ class Experts(nn.Module):
 
     def _each(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """`forward`, one pair after the other: decoding."""
-        tensors = x, gates, self.gate_up, self.down
-        trained = self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        fits = x.shape[-1] == self.gate_up.shape[-1] and all(compilable(tensor) for tensor in tensors)
-        if fits and not trained and not torch.is_autocast_enabled("cpu"):
-            from byrote.nn.kernels.experts import experts
-
+        fits = not self.training and x.shape[-1] == self.gate_up.shape[-1]
+        if fits and decoding(x, gates, self.gate_up, self.down):
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
             weights = self.gate_up.contiguous(), self.down.contiguous()
-            run(experts, x.contiguous(), ids.contiguous(), gates.contiguous(), *weights, out)
+            run(kernels("moe").experts, x.contiguous(), ids.contiguous(), gates.contiguous(), *weights, out)
             return out
         return self._each_plain(x, ids, gates)
 
@@ -148,8 +158,10 @@ class Experts(nn.Module):
 
 
 class MoeStats(NamedTuple):
-    counts: Tensor  # int64 [E]: alive tokens that chose each expert, for `router.record`
-    balance_loss: Tensor | None  # [B], one per sequence, unweighted; None in evaluation
+    """None and None in evaluation."""
+
+    counts: Tensor | None  # int64 [E]: alive tokens that chose each expert, for `router.record`
+    balance_loss: Tensor | None  # [B], one per sequence, unweighted
 
 
 class DeepSeekMoE(nn.Module):
@@ -191,9 +203,33 @@ class DeepSeekMoE(nn.Module):
         self.shared = MLP(hidden_size, shared_width) if shared_width else None
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> tuple[Tensor, MoeStats]:
+        if not self.training and (weights := self._plain_weights(x)) and decoding(x, *weights):
+            return self._few(x, *weights), MoeStats(None, None)
         ids, gates, scores = self.router(x)
         y = self.experts(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        balance = sequence_balance_loss(scores, self.router.top_k, alive) if self.training else None
-        return y, MoeStats(self.router.load(ids, alive), balance)
+        if not self.training:
+            return y, MoeStats(None, None)
+        return y, MoeStats(self.router.load(ids, alive), sequence_balance_loss(scores, self.router.top_k, alive))
+
+    def _plain_weights(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Those of router, experts and shared expert, where one compiled loop can take the place of all three."""
+        router, experts, shared = self.router, self.experts, self.shared
+        if router.scores != "sigmoid" or router.n_group > 1 or x.shape[-1] != experts.gate_up.shape[-1]:
+            return ()
+        pairs = x.numel() // x.shape[-1] * router.top_k
+        if pairs >= len(experts.gate_up) or not replaceable(router, Router) or not replaceable(experts, Experts):
+            return ()
+        own = router.weight, experts.gate_up, experts.down
+        if shared is None:
+            return (*own, *[router.weight.new_empty(0, 0)] * 3)
+        weights = shared.plain_weights(x) if replaceable(shared, MLP) else ()
+        return (*own, *weights) if weights else ()
+
+    def _few(self, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        out, its = torch.empty_like(tokens), self.router
+        routing = router, its.selection_bias, its.top_k, its.renormalize, float(its.route_scale)
+        run(kernels("moe").moe, tokens, *routing, gate_up, down, *shared, out)
+        return out.view(x.shape)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        fits = compilable(x) and self.weight.dtype == torch.float32 and x.shape[-1:] == self.weight.shape
-        if self.eps is None or not fits:
+        weight, eps = self.weight, self.eps
+        if eps is None or x.shape[-1:] != weight.shape or not compilable(x, weight):
             return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Normalize.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
-        return _normalize(x, self.weight, self.eps)[0]
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _Normalize.apply(x, weight, eps)  # type: ignore[no-any-return]
+        return _normalize(x, weight, eps)[0]
 
 
 class _Normalize(torch.autograd.Function):
@@ -39,20 +39,16 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        from byrote.nn.kernels.norm import normalize_backward
-
         tokens, weight, scales = ctx.saved_tensors
         to_out = gradients[0].reshape(tokens.shape).contiguous()
         to_x, to_weight = torch.empty_like(tokens), torch.empty_like(weight)
-        run(normalize_backward, tokens, weight, scales, to_out, to_x, sums=[to_weight])
+        run(kernels("norm").normalize_backward, tokens, weight, scales, to_out, to_x, sums=[to_weight])
         return to_x.view(gradients[0].shape), to_weight, None
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, x as tokens [N, d], s [N]"""
-    from byrote.nn.kernels.norm import normalize
-
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     out, scales = torch.empty_like(tokens), tokens.new_empty(len(tokens))
-    run(normalize, tokens, weight, eps, out, scales)
+    run(kernels("norm").normalize, tokens, weight, eps, out, scales)
     return out.view(x.shape), tokens, scales

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 class Router(nn.Module):
@@ -137,10 +137,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Ids int64 [..., k] of the largest of scores [..., E], the largest first."""
     if not compilable(scores):
         return scores.topk(k, dim=-1).indices
-    from byrote.nn.kernels.top_k import top_k as kernel
-
     ids = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
-    run(kernel, scores.reshape(-1, scores.shape[-1]).contiguous(), ids.view(-1, k))
+    run(kernels("top_k").top_k, scores.reshape(-1, scores.shape[-1]).contiguous(), ids.view(-1, k))
     return ids
 
 

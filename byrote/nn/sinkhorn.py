@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 def sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:
@@ -74,24 +74,20 @@ class _Sinkhorn(torch.autograd.Function):
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        from byrote.nn.kernels.sinkhorn import forward
-
         shares = logits.softmax(dim=0).contiguous()
         ctx.save_for_backward(shares)
         ctx.steps, ctx.eps = 2 * iterations - 1, eps
         mix = torch.empty_like(shares)
-        run(forward, shares + eps, ctx.steps, eps, mix, tokens=shares.shape[2])
+        run(kernels("sinkhorn").forward, shares + eps, ctx.steps, eps, mix, tokens=shares.shape[2])
         return mix
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        from byrote.nn.kernels.sinkhorn import backward
-
         (shares,) = ctx.saved_tensors
         to_shares = torch.empty_like(shares)
         arrays = gradients[0].contiguous(), to_shares
-        run(backward, shares + ctx.eps, ctx.steps, ctx.eps, *arrays, tokens=shares.shape[2])
+        run(kernels("sinkhorn").backward, shares + ctx.eps, ctx.steps, ctx.eps, *arrays, tokens=shares.shape[2])
         return shares * (to_shares - (to_shares * shares).sum(dim=0, keepdim=True)), None, None
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     given = [x for x in (gate, up, weight) if x is not None]
-    if not all(compilable(x) for x in given):
+    if not compilable(*given):
         return plain_swiglu(gate, up, weight)
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return _SwiGLU.apply(gate, up, weight)  # type: ignore[no-any-return]
@@ -44,8 +44,6 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        from byrote.nn.kernels.swiglu import swiglu_backward
-
         gate, up, weight = ctx.saved_tensors
         to_out = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
         inputs = _arrays(gate, up, weight)
@@ -53,17 +51,15 @@ class _SwiGLU(torch.autograd.Function):
         to_up = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
         to_weight = to_out.new_empty(len(to_out))
         outputs = to_gate.view(-1), (to_gate if to_up is None else to_up).view(-1), to_weight
-        run(swiglu_backward, *inputs, to_out, *outputs, tokens=len(to_out))
+        run(kernels("swiglu").swiglu_backward, *inputs, to_out, *outputs, tokens=len(to_out))
         return to_gate, to_up, None if weight is None else to_weight.view(weight.shape)
 
 
 def _swiglu(gate: Tensor, up: Tensor | None, weight: Tensor | None) -> Tensor:
-    from byrote.nn.kernels.swiglu import swiglu as kernel
-
     width = gate.shape[-1] // 2 if up is None else gate.shape[-1]
     out = gate.new_empty(*gate.shape[:-1], width)
     tokens = out.view(-1, width)
-    run(kernel, *_arrays(gate, up, weight), tokens, tokens=len(tokens))
+    run(kernels("swiglu").swiglu, *_arrays(gate, up, weight), tokens, tokens=len(tokens))
     return out
 
 

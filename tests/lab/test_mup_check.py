@@ -40,7 +40,7 @@ def test_the_verb(tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(DataOptions(f"files:{tmp_path / 'texts.jsonl'}", vocab_size=280), tmp_path / "data")
     out = ("--plot", tmp_path / "check.png", "--json", tmp_path / "check.json")
-    said = run("lab", "mup-check", "--base", "32", "--text", tmp_path / "data", "--steps", "2", *out)
+    said = run("lab", "mup-check", "--base", "32", "--text", tmp_path / "data", "--steps", "2", "--seeds", "2", *out)
     assert "concept experts" in said and "the best rate moves by" in said
     content = json.loads((tmp_path / "check.json").read_text())
     for varied in ("token", "concept"):
@@ -51,6 +51,9 @@ def test_the_verb(tmp_path, monkeypatch):
         losses = np.array(swept["losses"])
         assert losses.shape == (2, 8) and swept["widths"] == [32, 128]
         assert swept["best"] == [swept["rates"][i] for i in losses.argmin(axis=1)]
+        each = np.array([seed["losses"] for seed in swept["seeds"]])
+        assert len(each) == 2 and (each[0] != each[1]).any()
+        np.testing.assert_allclose(losses, each.mean(axis=0))
     assert (tmp_path / "check.png").stat().st_size > 10_000
     assert "seeds is 0" in run("lab", "mup-check", "--seeds", "0", code=2)
     assert "give a multiple of 32" in run("lab", "mup-check", "--base", "8", code=2)

@@ -5,21 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from byrote.lab.scaling_law import MADE_UP as LAW
 from byrote.lab.scaling_law import Decay, Law, cost_of, size_at
-
-LAW = Law(
-    e0=1.6,
-    a_token=80.0,
-    t_token=1e7,
-    delta_token=0.28,
-    a_concept=60.0,
-    gamma=0.15,
-    t_concept=3e7,
-    delta_concept=0.25,
-    a_data=400.0,
-    t_data=1e9,
-    alpha=0.29,
-)
 
 
 def changed(**values: float) -> Law:

@@ -161,3 +161,28 @@ def test_a_hole_in_a_document_is_refused():
     nothing = torch.full((2, 1), NO_POSITION)
     with pytest.raises(ValueError, match="row 1 goes on at token 3 behind padding"):
         Sequence.place(torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]]), alive, 0, nothing, torch.zeros_like(nothing))
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.booleans())
+def test_a_step_is_placed_as_any_token(batch, positions_given):
+    positions, alive, _ = batch
+    last = positions.new_full((len(positions), 1), NO_POSITION)
+    document = torch.zeros_like(last)
+    for slot in range(positions.shape[1]):
+        living, given = alive[:, slot : slot + 1], positions[:, slot : slot + 1]
+        if not positions_given:
+            given = (last.clamp_min(-1) + living.long()).clamp_min(0)
+        whole = Sequence.place(given, living, slot, last, document)
+        step = Sequence.step(given if positions_given else None, living, slot, last, document)
+        for name in ("position_ids", "alive", "starts", "document"):
+            assert torch.equal(getattr(step, name), getattr(whole, name))
+        assert step.goes_on == whole.goes_on == bool(living.all() and not whole.starts.any())
+        last = carry(last, step.position_ids, living, step.starts, NO_POSITION)
+        document = carry(document, step.document, living, step.starts, 0)
+
+
+def test_only_a_single_token_goes_on():
+    alive, ids = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int64)
+    assert Sequence(ids[:, :1], alive[:, :1], ~alive[:, :1], ids[:, :1]).goes_on
+    assert not Sequence(ids, alive, ~alive, ids).goes_on

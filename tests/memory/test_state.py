@@ -135,6 +135,27 @@ def test_buffers_stay_where_they_are(mode):
         assert {name: tail.data_ptr() for name, tail in state.tails.items()} == places
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_without_gradients_move_tails_as_any(mode):
+    """What is given to a step stays the caller's: no tail is it, and none is written through it."""
+    ids, sequence = tokens(1)
+    feed(plain := begun(), 3)
+    with mode():
+        feed(state := begun(), 3)
+        for step in range(3, 9):
+            feed(state, 1, first=step)
+        state.advance("ids", ids, sequence)
+    for step in range(3, 9):
+        feed(plain, 1, first=step)
+    plain.advance("ids", ids, sequence)
+    assert same_tails(plain, state)
+    with mode():
+        position, sequence = torch.full((BATCH, 1), 9), tokens(1, 9)[1]
+        state.advance("position", position, sequence)
+        state.advance("position", position + 1, sequence)
+    assert position.eq(9).all() and state.tails["position"].eq(10).all()
+
+
 def test_with_gradients_nothing_is_changed_in_place():
     """A tail that backward needs is not overwritten."""
     state = begun()

@@ -141,6 +141,17 @@ def test_the_order_of_what_is_formed():
     assert nothing.pad(nothing.at(x.float()[..., None])).shape == (3, 0, 1)
 
 
+def test_one_token_a_row_each_of_which_forms_a_concept():
+    """Nothing has to be found, and what is given is what would be."""
+    x, boundaries = torch.arange(3)[:, None], torch.ones(3, 1, dtype=torch.bool)
+    formed, found = Formed.of(boundaries), Formed.of(torch.ones(3, 2, dtype=torch.bool) & (torch.arange(2) == 0))
+    assert formed.whole and not found.whole and not Formed.of(boundaries & (x > 0)).whole
+    for name in ("row", "step", "rank", "counts"):
+        assert torch.equal(getattr(formed, name), getattr(found, name))
+    assert torch.equal(formed.at(x), found.at(x)) and torch.equal(formed.pad(formed.at(x)), found.pad(found.at(x)))
+    assert torch.equal(formed.among(formed.row).row, found.among(found.row).row)
+
+
 def random_concepts(rows, most, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, most, HIDDEN, generator=generator, dtype=dtype)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from byrote.compiled import plain_twins
 from byrote.nn.mla import MLA
 from byrote.nn.rope import rotary
 
@@ -171,3 +172,68 @@ def test_bad_arguments(change, message):
     }
     with pytest.raises(ValueError, match=message):
         MLA(**sizes | change)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 12])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [1, 4, 6, 131])
+@pytest.mark.parametrize("products", [0, 2**22])
+def test_a_compiled_step(monkeypatch, q_lora_rank, masked, keys, products):
+    """Without gradients, one token a row: compiled loops, with torch's products where these are many."""
+    monkeypatch.setattr("byrote.nn.mla.FEW_PRODUCTS", products)
+    layer = build(q_lora_rank).eval()
+    cached = torch.randn(3, 1, keys - 1, 16), torch.randn(3, 1, keys - 1, ROPE)
+    mask = torch.rand(3, 1, 1, keys) < 0.5
+    mask[1] = False  # may look nowhere
+    x, place = torch.randn(3, 1, HIDDEN), angles(3, keys, keys + 1)
+
+    def cache(latent, rope_key):
+        return torch.cat([cached[0], latent], dim=2), torch.cat([cached[1], rope_key], dim=2)
+
+    with torch.no_grad():
+        assert layer._compiled(x, cache)
+        fast = layer(x, place, mask if masked else None, cache)
+        with plain_twins():
+            plain = layer(x, place, mask if masked else None, cache)
+    torch.testing.assert_close(fast, plain, atol=2e-6, rtol=1e-5)
+    assert not masked or not fast[1].any()
+    torch.testing.assert_close(layer(x, place, mask if masked else None, cache), plain, atol=2e-6, rtol=1e-5)
+
+
+def test_a_compiled_step_of_a_broadcast_position_and_of_what_is_not_finite():
+    layer, x = build().eval(), torch.randn(2, 1, HIDDEN)
+    cached = torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, ROPE)
+
+    def cache(latent, rope_key):
+        return torch.cat([cached[0], latent], dim=2), torch.cat([cached[1], rope_key], dim=2)
+
+    with torch.no_grad():
+        y = layer(x, angles(2, 5, 6), None, cache)
+        assert torch.equal(layer(x, angles(1, 5, 6), None, cache), y)
+        cached[0][1, 0, 2, 3] = float("nan")
+        y = layer(x, angles(2, 5, 6), None, cache)
+    assert y[0].isfinite().all() and y[1].isnan().all()
+
+
+def test_a_cache_in_another_precision():
+    layer, x = build().eval(), torch.randn(2, 1, HIDDEN)
+
+    def cache(latent, rope_key):
+        return latent.double(), rope_key.double()
+
+    with torch.no_grad():
+        y = layer(x, angles(2, 0, 1), None, cache)
+    torch.testing.assert_close(y, layer(x, angles(2, 0, 1)), atol=1e-6, rtol=0)
+
+
+def test_adapters_and_hooks_are_called():
+    layer, x, seen = build().eval(), torch.randn(1, 1, HIDDEN), []
+    with torch.no_grad():
+        assert layer._compiled(x, Past())
+        for name in ("kv_a_norm", "q_proj", "kv_a_proj", "o_proj"):
+            handle = layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+            layer(x, angles(1, 0, 1), None, Past())
+            handle.remove()
+            assert seen.pop()
+        layer.kv_b_proj.__class__ = type("Adapter", (torch.nn.Linear,), {})
+        assert not layer._compiled(x, Past())

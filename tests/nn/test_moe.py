@@ -107,7 +107,7 @@ def test_dead_tokens_have_no_load():
 def test_evaluation_has_no_balance_loss():
     moe = DeepSeekMoE(D, W, E, K).eval()
     _, stats = moe(torch.randn(1, 4, D))
-    assert stats.balance_loss is None and stats.counts.sum() == 4 * K
+    assert stats == (None, None)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

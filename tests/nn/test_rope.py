@@ -64,3 +64,11 @@ def test_bad_yarn(arguments, field):
 def test_odd_dimension():
     with pytest.raises(ValueError, match=r"dim=7.*give an even number"):
         rotary(torch.zeros(1, 1), 7)
+
+
+def test_a_single_token_at_an_odd_place_in_memory():
+    x = torch.randn(1, 1, 1, 7)
+    apart = x[..., 3:]
+    assert apart.is_contiguous() and apart.storage_offset() % 2
+    turns = rotary(torch.tensor([[5]]), 4)
+    assert torch.equal(rotate(apart, turns), rotate(apart.clone(), turns))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.compiled import plain_twins
@@ -13,6 +13,7 @@ from byrote.nn.router import top_k
 SCORES = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0, -math.inf])
 
 
+@settings(deadline=None)  # the loop is compiled at first use
 @given(st.lists(SCORES, min_size=1, max_size=20), st.data())
 def test_by_sorting(row, data):
     k = data.draw(st.integers(1, len(row)))

@@ -95,9 +95,26 @@ def test_a_dlcm():
         "lm_head": 1e-3,
         "embed_tokens": 1e-3,
         "norm": 1e-3,
+        "memory.key.weight": 1e-3,
+        "memory.value.weight": 1e-3,
+        "memory.key_gain": 1e-3,
+        "memory.conv_weight": 1e-3,
         "anchor": 5e-3,
     }.items():
         assert {value for name, value in by_name.items() if part in name} == {rate}, part
+
+
+def test_what_reads_rows_starts_alike_at_every_width():
+    """A memory's matrices as embeddings do, while those that read tokens start smaller by the root of the width."""
+    memory = {"memory_layers": [0], "memory_table_sizes": [31, 61], "vocabulary": torch.arange(64).numpy()}
+    widths = {"hidden_size": 512, "num_attention_heads": 32, "num_key_value_heads": 16}
+    encoder = dlcm(**memory, **widths).model.encoder[0]
+    for matrix, std in (
+        (encoder.memory.key, 0.02),
+        (encoder.memory.value, 0.02),
+        (encoder.attention.q_proj, 0.02 / 4),
+    ):
+        assert matrix.weight.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_state_is_of_the_same_places():

@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from byrote.models.dlcm.configuration import DLCMConfig
-from byrote.models.dlcm.modeling import DLCMForCausalLM, DLCMModel
+from byrote.models.dlcm.modeling import DLCMForCausalLM
+from byrote.models.dlcm.trunk import DLCMModel
 
 AutoConfig.register("byrote_dlcm", DLCMConfig)
 AutoModel.register(DLCMConfig, DLCMModel)

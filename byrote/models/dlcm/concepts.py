@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from byrote.memory import Sequence
 from byrote.memory.concepts import NOWHERE, ConceptState
+from byrote.memory.sequence import stepping
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.dlcm.block import ConceptBlock
 from byrote.models.dlcm.configuration import DLCMConfig
@@ -149,14 +150,7 @@ class ConceptStage(nn.Module):
 
     def _transform(self, concepts: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
         """The blocks over padded concepts [R, M, d_c] of some rows. (z [R, M, d_c]; balance loss of all rows [B])"""
-        order = torch.arange(concepts.shape[1], device=concepts.device)
-        alive = order < here.some.counts[:, None]
-        at = order if here.state is None else here.state.lengths[here.rows][:, None] + order
-        earlier = torch.arange(here.documents.shape[1], device=order.device) <= at[..., None]
-        document = here.some.pad(here.document, NOWHERE)
-        sees = earlier & (here.documents[:, None, :] == document[..., None])
-        sequence = Sequence((sees.sum(dim=-1) - 1).clamp_min(0), alive, torch.zeros_like(alive), document)
-        mask = (sees | ~alive[..., None]).unsqueeze(1)  # padding sees anything, to stay finite
+        sequence, mask = here.place(concepts.shape[1])
         dim = self.config.head_dim if self.config.kv_lora_rank is None else self.config.qk_rope_head_dim
         angles = rotary(sequence.position_ids, dim, theta=self.config.rope_theta)
         streams = concepts.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
@@ -194,7 +188,7 @@ class Here:
         if state is None:
             rows = torch.arange(len(formed.counts), device=document.device)
             return cls(formed, rows, formed.rank, 0, document, formed.pad(document, NOWHERE), None)
-        rows = formed.counts.nonzero().squeeze(1)
+        rows = formed.row if formed.whole else formed.counts.nonzero().squeeze(1)
         slots = state.lengths[formed.row] + formed.rank
         most = int((state.lengths + formed.counts).max())
         state.write("document", formed.row, slots, document, most)
@@ -202,19 +196,39 @@ class Here:
         documents = state.read("document", rows, int(slots.max()) + 1)
         return cls(formed.among(rows), rows, slots, most, document, documents, state)
 
+    def place(self, most: int) -> tuple[Sequence, Tensor | None]:
+        """Where the concepts, padded to [R, most], stand among those of their documents; and what each sees of
+        `documents`, bool [R, 1, most, S], or None if it is all of them.
+        """
+        if self.state is not None and most == 1:  # each is the last of its row, behind which there is no document
+            sees = (self.documents == self.document[:, None]).unsqueeze(1)
+            alive = torch.ones_like(sees[..., 0])
+            sequence = Sequence(sees.sum(dim=-1) - 1, alive, ~alive, self.document[:, None])
+            return sequence, None if stepping(sees) and bool(sees.all()) else sees.unsqueeze(1)
+        order = torch.arange(most, device=self.rows.device)
+        alive = order < self.some.counts[:, None]
+        at = order if self.state is None else self.state.lengths[self.rows][:, None] + order
+        earlier = torch.arange(self.documents.shape[1], device=order.device) <= at[..., None]
+        document = self.some.pad(self.document, NOWHERE)
+        sees = earlier & (self.documents[:, None, :] == document[..., None])
+        sequence = Sequence((sees.sum(dim=-1) - 1).clamp_min(0), alive, torch.zeros_like(alive), document)
+        return sequence, (sees | ~alive[..., None]).unsqueeze(1)  # padding sees anything, to stay finite
+
     def keep(self, name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A cache: keep keys and values [R, H, M, n] of the new concepts, and hand out all that these rows have."""
         assert self.state is not None
-        row = self.rows[self.some.row]
+        whole = self.some.whole
+        row = self.rows if whole else self.rows[self.some.row]
         for part, values in ((f"{name}_key", key), (f"{name}_value", value)):
-            self.state.write(part, row, self.slots, values[self.some.row, :, self.some.rank], self.most)
+            new = values[:, :, 0] if whole else values[self.some.row, :, self.some.rank]
+            self.state.write(part, row, self.slots, new, self.most)
         here = self.documents.shape[1]
         return self.state.read(f"{name}_key", self.rows, here), self.state.read(f"{name}_value", self.rows, here)
 
 
 def _kept(state: ConceptState, sequence: Sequence, most: int | None = None) -> tuple[Tensor, Tensor, Places] | None:
     """Keys, values and places of all that tokens may read, if there is anything."""
-    most = int(state.lengths.max()) if most is None else most
+    most = state.most if most is None else most
     if not most:
         return None
     parts = [state.read(name, None, most) for name in ("read_key", "read_value", "document", "position")]

@@ -28,14 +28,14 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from byrote.models.configuration import MemoryConfig
+from byrote.models.dlcm.checks import check
 from byrote.models.dlcm.presets import PRESETS
-from byrote.nn.concept import CONVENTIONS
-from byrote.nn.concept_attention import KERNELS, WEIGHTINGS
 
 
 class DLCMConfig(MemoryConfig, PreTrainedConfig):
     model_type = "byrote_dlcm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    presets = PRESETS
 
     def __init__(
         self,
@@ -138,18 +138,7 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
         self.balance_loss_alpha = balance_loss_alpha
         self.num_streams = num_streams
         self.stream_connection = stream_connection
-        self.memory_layers = [] if memory_layers is None else list(memory_layers)
-        self.memory_contract = memory_contract
-        self.memory_table_sizes = [1024, 1024] if memory_table_sizes is None else list(memory_table_sizes)
-        self.memory_heads = memory_heads
-        self.memory_row_width = memory_row_width
-        self.memory_pad_token_id = memory_pad_token_id
-        self.memory_seed = memory_seed
-        self.memory_codec = memory_codec
-        self.memory_kernel_size = memory_kernel_size
-        self.memory_zero_gate_rule = memory_zero_gate_rule
-        self.memory_bias = memory_bias
-        self.memory_initializer_range = memory_initializer_range
+        self._set_memory(locals())
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache and boundary_convention != "literal"
@@ -161,22 +150,10 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-        self._check()
+        check(self)
         self.address = address
         if self.memory_layers:
             self._settle_address(vocabulary)
-
-    @classmethod
-    def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> DLCMConfig:
-        """A named shape with some fields changed.
-
-        `vocabulary`: the map of `byrote.address.compress(tokenizer)`; it sets `vocab_size` and the addresses.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-        if vocabulary is not None:
-            overrides.setdefault("vocab_size", len(vocabulary))
-        return cls(**{**PRESETS[name], **overrides}, vocabulary=vocabulary)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -192,72 +169,3 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
     def concept_scale(self) -> float:
         """s_concept = d_concept / d_base of muP; 1 without."""
         return self.concept_size / self.mup_base_width if self.mup_base_width else 1.0
-
-    def _check(self) -> None:
-        refuse = self._refuse
-        self._check_streams()
-        for field in (
-            "hidden_size",
-            "num_encoder_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "concept_size",
-            "num_concept_heads",
-            "concept_intermediate_size",
-        ):
-            if getattr(self, field) < 1:
-                refuse(field, "at least 1")
-        for field in ("num_concept_layers", "num_decoder_layers", "n_routed_experts"):
-            if getattr(self, field) < 0:
-                refuse(field, "0 or more")
-        if not self.num_concept_layers and self.num_decoder_layers:
-            refuse("num_decoder_layers", "0 without concept layers: a plain model has all of its layers in the encoder")
-        for heads, groups in (
-            ("num_attention_heads", "num_key_value_heads"),
-            ("num_concept_heads", "num_concept_key_value_heads"),
-        ):
-            if getattr(self, groups) < 1 or getattr(self, heads) % getattr(self, groups):
-                refuse(groups, f"must divide {heads}={getattr(self, heads)}")
-        if self.head_dim < 2 or self.head_dim % 2 or self.qk_rope_head_dim % 2:
-            refuse("head_dim", "head_dim and qk_rope_head_dim must be even: rotary pairs")
-        if not self.compression_ratio > 1:
-            refuse("compression_ratio", "tokens per concept, above 1; 4 is the paper's")
-        if self.boundary_mode not in ("decoupled", "e2e", "rule"):
-            refuse("boundary_mode", "must be 'decoupled', 'e2e' or 'rule'")
-        if self.boundary_convention not in CONVENTIONS:
-            refuse("boundary_convention", f"must be one of {CONVENTIONS}")
-        if self.boundary_weight < 0:
-            refuse("boundary_weight", "0 or more; ConceptMoE and H-Net have 0.03")
-        if self.boundary_temperature < 1:
-            refuse("boundary_temperature", "at least 1, which samples p itself; ConceptMoE has 6")
-        if not 0 < self.boundary_threshold < 1:
-            refuse("boundary_threshold", "between 0 and 1; 0.5 is the paper's")
-        if self.boundary_size is not None and self.boundary_size < 1:
-            refuse("boundary_size", "at least 1, or None for hidden_size")
-        if self.concept_smoothing not in ("ema", "none"):
-            refuse("concept_smoothing", "must be 'ema' or 'none'")
-        if self.concept_weighting not in WEIGHTINGS:
-            refuse("concept_weighting", f"must be one of {WEIGHTINGS}")
-        if self.concept_kernel not in KERNELS:
-            refuse("concept_kernel", f"must be one of {KERNELS}")
-        if self.concept_kernel == "varlen" and self.concept_weighting != "replicated":
-            refuse("concept_kernel", "is of concept_weighting='replicated'; 'sdpa' and 'flex' have both")
-        if self.mup_base_width is not None and self.mup_base_width < 1:
-            refuse("mup_base_width", "a width, or None for the standard parametrization")
-        if self.n_routed_experts and self.num_experts_per_tok > self.n_routed_experts:
-            refuse("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
-        self._check_form()
-        self._check_memory(self.num_encoder_layers)
-
-    def _check_form(self) -> None:
-        parts = {
-            "kv_lora_rank": self.kv_lora_rank is not None,
-            "n_routed_experts": self.n_routed_experts > 0,
-            "num_streams": self.num_streams > 1,
-        }
-        if any(parts.values()) and not (all(parts.values()) and self.memory_layers and self.num_concept_layers):
-            given = [field for field, there in parts.items() if there]
-            raise ValueError(
-                f"{', '.join(given)} without the rest: DeepSeek's form has all of kv_lora_rank, n_routed_experts, "
-                "num_streams above 1, memory_layers and concept layers; the paper's has none of the first three"
-            )

@@ -3,7 +3,8 @@
 muP (2512.24617 section 6.1, equations 18 to 21): with s = width / d_base, of tokens or of concepts, a hidden matrix
 starts at sigma / sqrt(s) and learns at rate / s; embeddings, gains and other vectors neither; logits are multiplied by
 1 / s_token. The paper does not say which matrix belongs to which width. Here it is that of what the matrix reads: W_up
-and the boundary's matrices are of the tokens, keys and values that tokens read of the concepts.
+and the boundary's matrices are of the tokens, keys and values that tokens read of the concepts; rows of a memory are as
+wide in every model, and what reads them neither starts nor learns in another way.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from byrote.models.dlcm.concepts import ConceptStage
 from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.boundary import BoundaryHead
-from byrote.nn.engram import Engram
-from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
-from byrote.nn.moe import Experts
-from byrote.nn.router import Router
 
 CONCEPT_SIDE = ("concepts.layers.", "concepts.read.k_proj.", "concepts.read.v_proj.")
 EMBEDDINGS = ("embed_tokens.", "lm_head.")
+# What reads neither width: a memory's matrices read rows, which are as wide in every model.
+OTHERS = (".memory.", "_connection.", ".exit.")
 
 
 class DLCMPreTrainedModel(MemoryPreTrainedModel):
@@ -38,37 +37,18 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The whole initialization; std = `initializer_range`, under muP divided by the root of s for hidden matrices.
+        """As in every model (byrote.models.initialization), and
 
-        linear, embedding, router, experts   N(0, std^2)
         the boundary's two matrices          the same orthonormal one (byrote.nn.boundary)
         what a document begins with          N(0, std^2), if anything
-        biases, convolution                  0
-        all gains                            1
-        connections, exits                   the plain residual (byrote.nn.hyper)
         """
-        std = self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
-        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)  # type: ignore[arg-type]
-        elif isinstance(module, Experts):
-            init.normal_(module.gate_up, mean=0.0, std=std)
-            init.normal_(module.down, mean=0.0, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Engram):
-            module.reset_gains(init)
-        elif isinstance(module, HyperConnection | ManifoldConnection | GatedExit):
-            module.reset(init.copy_)
-        elif isinstance(module, BoundaryHead) and module.query is not None and module.key is not None:
+        super()._init_weights(module)
+        if isinstance(module, BoundaryHead) and module.query is not None and module.key is not None:
             start = module.start()
             init.copy_(module.query.weight, start)
             init.copy_(module.key.weight, start)
         elif isinstance(module, ConceptStage) and module.beginning is not None:
-            init.normal_(module.beginning, mean=0.0, std=std)
-        if isinstance(module, Router):
-            init.zeros_(module.selection_bias)
+            init.normal_(module.beginning, mean=0.0, std=self._std(module))
 
     def mup_groups(self) -> dict[str, tuple[str, float]]:
         """Of each parameter: "embedding", "token", "concept" or "others", and its s (1 for embedding and others)."""
@@ -76,9 +56,7 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
         for name, parameter in self.named_parameters():
             if any(part in name for part in EMBEDDINGS):
                 groups[name] = ("embedding", 1.0)
-            elif (
-                parameter.dim() < 2 or "_connection." in name or ".exit." in name or "_gain" in name or "conv_" in name
-            ):
+            elif parameter.dim() < 2 or any(part in name for part in OTHERS):
                 groups[name] = ("others", 1.0)
             elif any(part in name for part in CONCEPT_SIDE):
                 groups[name] = ("concept", self.config.concept_scale)

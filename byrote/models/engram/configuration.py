@@ -24,6 +24,7 @@ from byrote.nn.rope import Yarn
 class EngramConfig(MemoryConfig, PreTrainedConfig):
     model_type = "byrote_engram"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    presets = PRESETS
 
     def __init__(
         self,
@@ -110,20 +111,7 @@ class EngramConfig(MemoryConfig, PreTrainedConfig):
         self.balance_loss_alpha = balance_loss_alpha
         self.num_nextn_predict_layers = num_nextn_predict_layers
         self.mtp_loss_weight = mtp_loss_weight
-        self.memory_layers = [] if memory_layers is None else list(memory_layers)
-        self.memory_contract = memory_contract
-        self.memory_table_sizes = [1024, 1024] if memory_table_sizes is None else list(memory_table_sizes)
-        self.memory_heads = memory_heads
-        self.memory_row_width = memory_row_width
-        self.memory_pad_token_id = memory_pad_token_id
-        self.memory_seed = memory_seed
-        self.memory_gate = memory_gate
-        self.memory_fusion = memory_fusion
-        self.memory_codec = memory_codec
-        self.memory_kernel_size = memory_kernel_size
-        self.memory_zero_gate_rule = memory_zero_gate_rule
-        self.memory_bias = memory_bias
-        self.memory_initializer_range = memory_initializer_range
+        self._set_memory(locals())
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
@@ -140,18 +128,6 @@ class EngramConfig(MemoryConfig, PreTrainedConfig):
         self.address = address
         if self.memory_layers:
             self._settle_address(vocabulary)
-
-    @classmethod
-    def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> EngramConfig:
-        """A named shape with some fields changed.
-
-        `vocabulary`: the map of `byrote.address.compress(tokenizer)`; it sets `vocab_size` and the addresses.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-        if vocabulary is not None:
-            overrides.setdefault("vocab_size", len(vocabulary))
-        return cls(**{**PRESETS[name], **overrides}, vocabulary=vocabulary)
 
     @property
     def yarn_parameters(self) -> Yarn | None:

@@ -19,7 +19,6 @@ from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from byrote.address.hashing import check_known
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
 from byrote.models.block import BlockOutput, exit_of, record
@@ -28,10 +27,11 @@ from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
 from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
 from byrote.models.engram.pretrained import EngramPreTrainedModel
+from byrote.models.enter import enter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import check_ids, check_labels, check_places
+from byrote.models.inputs import check_ids, check_labels
 from byrote.models.memories import make_memories, memory_fields
-from byrote.models.place import length, place
+from byrote.models.place import attention_cache
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
@@ -58,6 +58,10 @@ class EngramModel(EngramPreTrainedModel):
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
+
+    def begin(self, state: MemoryState, rows: int, device: torch.device) -> None:
+        """Make what a decode state holds of so many rows, unless it is there."""
+        state.begin(rows, self.embed_tokens.weight.dtype, device)
 
     @can_return_tuple
     def forward(
@@ -89,25 +93,8 @@ class EngramModel(EngramPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = length(past_key_values)
-        check_places(input_ids, attention_mask, position_ids, int(past))
-        state = None if past_key_values is None else self.attach_memory_state(past_key_values)
-        if state is not None:
-            state.begin(input_ids.shape[0], self.embed_tokens.weight.dtype, input_ids.device)
-        places = attention_mask, position_ids, past, past_key_values, state
-        sequence, mask = place(input_ids, *places, single_sees_all=True)
-        if self.memories is None:
-            tickets = {}
-            check_known(input_ids, self.config.vocab_size, sequence.alive)
-        else:
-            tickets = self.memories(input_ids, sequence, state)
-        # From here on nothing is refused. Only what stands under padding may still be no id.
-        embeddings = inputs_embeds
-        if embeddings is None:
-            embeddings = self.embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
-        if state is not None:
-            state.advance("position", sequence.position_ids, sequence)
-            state.advance("document", sequence.document, sequence)
+        places = attention_mask, position_ids, past_key_values
+        embeddings, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
         angles = rotary(
             sequence.position_ids,
             self.config.qk_rope_head_dim,
@@ -119,7 +106,7 @@ class EngramModel(EngramPreTrainedModel):
         balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
-            cache = _attention_cache(past_key_values, i)
+            cache = attention_cache(past_key_values, i)
             output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
             streams = output.streams
             hidden_states.append(streams)
@@ -254,9 +241,3 @@ def _same_document(sequence: Sequence, steps: int) -> Tensor:
     """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
     alive = sequence.alive & shift(sequence.alive, steps, empty=False)
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
-
-
-def _attention_cache(cache: Cache | None, layer: int) -> Any:
-    if cache is None:
-        return None
-    return lambda latent, rope_key: cache.update(latent, rope_key, layer)
