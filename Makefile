@@ -27,7 +27,7 @@ check: .venv/.installed-dev
 	$(PYTEST)
 
 # With the interpreter's own packages, PYTHON=python3, since a GPU machine may not be able to install any. First the
-# exactness suite, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of concepts against a plain
+# exactness suite and the kernels, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of concepts against a plain
 # model, at the size of one GPU.
 # A dry run on a CPU: make gpu DEVICE=cpu QUICK=1
 DEVICE ?= cuda
@@ -36,7 +36,7 @@ RUN = PYTHONPATH=. $(PYTHON)
 MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
 
 gpu:
-	$(RUN) -m pytest tests/exactness
+	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py
 	mkdir -p $(OUT)
 	for shape in tiny wide; do for compile in "" --compile; do \
 	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \

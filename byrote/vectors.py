@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -25,3 +26,15 @@ def load(builder: Any, address: Any, kind: Any, lanes: int) -> Any:
 
 def store(builder: Any, address: Any, vector: Any) -> None:
     builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=1)
+
+
+def ladder(builder: Any, count: Any, most: int, step: Callable[[int], None]) -> None:
+    """step(n) for n = count, count - 1 .. 1, and count <= `most`: one jump into straight code instead of a loop."""
+    rungs, bottom = [builder.append_basic_block() for _ in range(most)], builder.append_basic_block()
+    switch = builder.switch(count, bottom)
+    for left, rung, below in zip(range(most, 0, -1), rungs, [*rungs[1:], bottom], strict=True):
+        switch.add_case(count.type(left), rung)
+        builder.position_at_end(rung)
+        step(left)
+        builder.branch(below)
+    builder.position_at_end(bottom)

@@ -61,6 +61,13 @@ def check_known(input_ids: Array, vocab_size: int, alive: Array | None = None) -
 
 
 def windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Array:
+    """By a compiled loop where a tensor lies in host memory and no graph is traced."""
+    if _compilable(ids):
+        return _compiled_windows(ids, starts, tail, max_order)
+    return plain_windows(ids, starts, tail, max_order)
+
+
+def plain_windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Array:
     seen, document = _with_tail(ids, starts, tail, max_order)
     behind, tokens = max_order - 1, ids.shape[1]
     xp = _namespace(ids)
@@ -69,6 +76,16 @@ def windows(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Ar
         place = slice(behind - back, behind - back + tokens)
         columns.append(xp.where(document[:, place] == document[:, behind:], seen[:, place], DEAD))
     return xp.stack(columns, -1)
+
+
+def _compiled_windows(ids: Any, starts: Any, tail: Any, max_order: int) -> Any:
+    tail = _checked_tail(ids, starts, tail, max_order)
+    from byrote.address import kernels
+
+    out = ids.new_empty(*ids.shape, max_order)
+    ids, starts, tail = (array.contiguous().numpy() for array in (ids, starts, tail))
+    kernels.windows(ids, starts, tail, out.numpy())
+    return out
 
 
 def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
@@ -89,8 +106,7 @@ def hash_windows(windows: Array, layer: LayerAddress, pad_id: int) -> Array:
 
 def hash_rows(windows: torch.Tensor, layer: LayerAddress, pad_id: int) -> torch.Tensor:
     """`hash_windows` of a tensor, by a compiled loop where it lies in host memory and no graph is traced."""
-    plain = type(windows) is not torch.Tensor or windows.device.type != "cpu" or torch.compiler.is_compiling()
-    if plain or not numba_is_there():
+    if not _compilable(windows):
         return hash_windows(windows, layer, pad_id)
     _check_order(windows, layer)
     from byrote.address import kernels
@@ -122,13 +138,19 @@ def _with_tail(ids: Array, starts: Array, tail: Array | None, max_order: int) ->
     looks past it, and what looks at it finds DEAD.
     """
     xp = _namespace(ids)
-    _check_mask("starts", starts, ids)
-    if tail is None:
-        tail = xp.broadcast_to(xp.full_like(ids[:, :1], DEAD), (len(ids), max_order - 1))
-    if tuple(tail.shape) != (len(ids), max_order - 1):
-        raise ValueError(f"tail has shape {list(tail.shape)}; give [B, max_order - 1] = [{len(ids)}, {max_order - 1}]")
+    tail = _checked_tail(ids, starts, tail, max_order)
     opens = xp.concatenate([tail == DEAD, starts | (ids == DEAD)], 1)
     return xp.concatenate([tail, ids], 1), xp.cumsum(opens, 1)
+
+
+def _checked_tail(ids: Array, starts: Array, tail: Array | None, max_order: int) -> Array:
+    xp = _namespace(ids)
+    _check_mask("starts", starts, ids)
+    if tail is None:
+        return xp.broadcast_to(xp.full_like(ids[:, :1], DEAD), (len(ids), max_order - 1))
+    if tuple(tail.shape) != (len(ids), max_order - 1):
+        raise ValueError(f"tail has shape {list(tail.shape)}; give [B, max_order - 1] = [{len(ids)}, {max_order - 1}]")
+    return tail
 
 
 @functools.lru_cache
@@ -142,6 +164,11 @@ def _constants(layer: LayerAddress, device: torch.device | None) -> tuple[Any, A
 @functools.lru_cache
 def _tables(layer: LayerAddress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (np.array(layer.multipliers, dtype=np.int64), *_constants(layer, None))
+
+
+def _compilable(array: Any) -> bool:
+    plain = type(array) is not torch.Tensor or array.device.type != "cpu" or torch.compiler.is_compiling()
+    return not plain and array.dtype == torch.int64 and numba_is_there()
 
 
 def _check_order(windows: Any, layer: LayerAddress) -> None:

@@ -1,4 +1,4 @@
-"""The hash of `hashing.py` as one compiled loop, which imports this file when it first needs it.
+"""Windows and hash of `hashing.py` as compiled loops, which imports this file when it first needs them.
 
 Remainders by multiplication (Barrett): for 0 <= u < 2^63 and a prime p, with m = floor(2^64 / p),
 
@@ -54,3 +54,24 @@ def hash_windows(windows, multipliers, primes, offsets, pad_id, out):
                 r = u - q * p
                 r -= p if r >= p else 0
                 out[i, column] = (r ^ sign) + (p & sign) + offsets[column]
+
+
+@numba.njit(cache=True, nogil=True)
+def windows(ids, starts, tail, out):
+    """out [B, T, N] for ids and starts [B, T] and the tail [B, N - 1]; a token walks back until its document ends."""
+    rows, tokens, order = out.shape
+    for row in range(rows):
+        for t in range(tokens):
+            here = out[row, t, 0] = ids[row, t]
+            open_end = here != DEAD and not starts[row, t]
+            for back in range(1, order):
+                if open_end and t >= back:
+                    seen = ids[row, t - back]
+                    out[row, t, back] = seen
+                    open_end = seen != DEAD and not starts[row, t - back]
+                elif open_end:
+                    seen = tail[row, order - 1 + t - back]
+                    out[row, t, back] = seen
+                    open_end = seen != DEAD
+                else:
+                    out[row, t, back] = DEAD

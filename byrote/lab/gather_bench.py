@@ -7,11 +7,11 @@ hash     from the compressed ids of 4,096 tokens to their rows, against the Engr
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from byrote.address import engram, hash_rows, windows
 from byrote.lab.ratios import Options, Row, compare, interleaved
 from byrote.tables import RamTable
 from byrote.tables.gather import gather
+from byrote.tables.pages import ask_for_huge_pages
 
 C_LOOP = """
 #include <stdint.h>
@@ -44,26 +45,33 @@ void gather(const char *records, const int64_t *ids, int64_t count, char *out) {
 def bench_gather(options: Options) -> Iterator[Row]:
     """160-byte rows out of a table that no cache holds, into memory that is there already."""
     num_rows = (2 if options.quick else 20) * 10**6
-    table = torch.zeros(num_rows, 40).add_(torch.arange(40.0))  # written, so that every page is there
-    records, generator = table.view(torch.uint8), torch.Generator().manual_seed(0)
+    table = torch.empty(num_rows, 40)
+    ask_for_huge_pages(table)  # as a RamTable does; the rivals read the same memory
+    table.copy_(torch.arange(40.0))
     for count, name in ((1 << 16, "64 k"), (1 << 20, "1 M")):
-        ids = torch.randint(0, num_rows, (count,), generator=generator)
-        out = torch.zeros(count, 40)
-        places = [ctypes.c_void_p(records.data_ptr()), ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(count)]
-        calls: dict[str, Callable[[], Any]] = {
-            "byrote": partial(gather, records, ids, out.view(torch.uint8)),
-            "torch.index_select": partial(torch.index_select, table, 0, ids, out=out),
-            "np.take": partial(np.take, table.numpy(), ids.numpy(), 0, out=out.numpy(), mode="clip"),
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            if loop := _c_loop(Path(folder)):
-                calls["C"] = partial(loop, *places, ctypes.c_void_p(out.data_ptr()))
-            seconds = interleaved(calls, options.rounds)
+        seconds = _gather_seconds(table, count, options.rounds)
         what = f"gather {name} rows of 160 bytes, table of {num_rows * 160 / 1e9:.1f} GB"
         rivals = ["torch.index_select", "np.take"]
         yield compare(what, seconds, "byrote", rivals, "the better of torch.index_select and np.take", 2.0)
         if "C" in seconds:
             yield compare(what, seconds, "byrote", ["C"], "a C loop with prefetch", 0.95)
+
+
+def _gather_seconds(table: Tensor, count: int, rounds: int) -> dict[str, list[float]]:
+    generator, out = torch.Generator().manual_seed(0), torch.zeros(count, table.shape[1])
+    # Other ids at each call: the caches hold the rows of the call before.
+    ids = itertools.cycle([torch.randint(0, len(table), (count,), generator=generator) for _ in range(9)])
+    records, values, rows = table.view(torch.uint8), table.numpy(), out.numpy()
+    first, length, into = ctypes.c_void_p(table.data_ptr()), ctypes.c_int64(count), ctypes.c_void_p(out.data_ptr())
+    calls: dict[str, Callable[[], Any]] = {
+        "byrote": lambda: gather(records, next(ids), out.view(torch.uint8)),
+        "torch.index_select": lambda: torch.index_select(table, 0, next(ids), out=out),
+        "np.take": lambda: np.take(values, next(ids).numpy(), 0, out=rows, mode="clip"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if loop := _c_loop(Path(folder)):
+            calls["C"] = lambda: loop(first, ctypes.c_void_p(next(ids).data_ptr()), length, into)
+        return interleaved(calls, rounds)
 
 
 def bench_hash(options: Options) -> Iterator[Row]:

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from byrote.memory.prefetch import Reading, Times, begin, warm
-from byrote.tables.gather import nonzero_rows
+from byrote.tables.gather import sum_rows as add_rows
 from byrote.tables.table import Table
 
 
@@ -29,11 +28,11 @@ from byrote.tables.table import Table
 class Pending:
     """Row gradients that wait for the optimizer: one float32 sum a row, summed in a fixed order."""
 
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Add row gradients [M, W] of row ids [M] (duplicates allowed)."""
-        self.parts.append(sum_rows(rows, gradient.float()))
+        self.parts.append(_summed(rows, gradient.float()))
 
     def drop(self) -> None:
         self.parts.clear()
@@ -47,10 +46,10 @@ class Pending:
         parts, self.parts = self.parts, []
         if not parts:
             return None
-        rows, gradient = (
-            parts[0] if len(parts) == 1 else sum_rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        )
-        touched = nonzero_rows(gradient)
+        if len(parts) > 1:
+            rows, gradient, _ = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts = [_summed(rows, gradient)]
+        rows, gradient, touched = parts[0]
         if not touched.any():
             return None
         return (rows, gradient) if touched.all() else (rows[touched], gradient[touched])
@@ -61,9 +60,15 @@ def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
     The sort is stable and each sum runs in the order of occurrence, so equal input gives equal bits.
     """
+    unique, sums, _ = _summed(rows, gradient)
+    return unique, sums
+
+
+def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sum_rows` returns, and which of the sums are not all zero."""
     ordered, order = torch.sort(rows, stable=True)
     unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    return unique, F.embedding_bag(order, gradient, counts.cumsum(0) - counts, mode="sum")
+    return unique, *add_rows(gradient.contiguous(), order, counts.cumsum(0))
 
 
 @dataclass(eq=False)

@@ -4,6 +4,7 @@
     decode(records [R, B], ids [N], codec, out [N, W]) out[i] = the float32 values of records[ids[i]]
     scatter(records [R, B], ids [N], new [N, B])       records[ids[i]] = new[i]
     copy(addresses [N], out [N, B])                    out[i] = the B bytes at an address of this process
+    sum_rows(values [M, W], order [M], ends [U])       [U, W]: sums of values[order[j]], ends[i - 1] <= j < ends[i]
 
 Records are uint8, ids int64, values float32, all contiguous and in host memory. The caller has checked that the ids
 are in range: a compiled loop reads whatever address it is given. Fast and plain give the same bits.
@@ -18,6 +19,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from byrote.compiled import numba_is_there
@@ -83,18 +85,24 @@ def copy_twin(addresses: Tensor, out: Tensor) -> None:
         ctypes.memmove(row.data_ptr(), address, len(row))
 
 
-def nonzero_rows(values: Tensor) -> Tensor:
-    """Bool [U]: the rows [U, W] that are not all zero. On any device."""
-    if (
-        not numba_is_there()
-        or values.device.type != "cpu"
-        or values.dtype != torch.float32
-        or not values.is_contiguous()
-    ):
-        return values.any(dim=1)
-    marks = torch.empty(len(values), dtype=torch.bool)
-    _kernels().nonzero_rows(values.data_ptr(), *values.shape, marks.numpy())
-    return marks
+def sum_rows(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums [U, W] of values[order[j]] for ends[i - 1] <= j < ends[i], added in that order; which of them are not all 0.
+
+    `ends` [U] ascends to len(order), and no sum is empty. On any device.
+    """
+    if not numba_is_there() or values.device.type != "cpu" or values.dtype != torch.float32 or not len(ends):
+        return sum_rows_twin(values, order, ends)
+    assert all(array.is_contiguous() for array in (values, order, ends))
+    sums, nonzero = values.new_empty(len(ends), values.shape[1]), torch.empty(len(ends), dtype=torch.bool)
+    places = values.data_ptr(), order.data_ptr(), ends.data_ptr()
+    _kernels().sum_rows(*places, *sums.shape, sums.data_ptr(), nonzero.numpy())
+    return sums, nonzero
+
+
+def sum_rows_twin(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])[: len(ends)]
+    sums = F.embedding_bag(order, values, begins, mode="sum")
+    return sums, sums.any(dim=1)
 
 
 def _kernels() -> Any:

@@ -4,7 +4,7 @@
 import numba
 import numpy as np
 
-from byrote.tables.kernels import prefetch
+from byrote.tables.moves import prefetch
 from byrote.tables.places import EMPTY, HASHES, WAYS
 
 AHEAD = 12  # ids: how early the memory of a set and of its counters is asked for

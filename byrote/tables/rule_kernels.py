@@ -10,14 +10,14 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from byrote.tables.kernels import AHEAD, F32, I32, I64, _compiled, _fetch, _intrinsic, load_f32, load_i64, prefetch
+from byrote.tables.moves import AHEAD, F32, I32, I64, compiled, fetch, intrinsic, load_f32, load_i64, prefetch
 from byrote.vectors import LANES, load, splat, store
 
 
 def _adam(lanes):
     """An intrinsic: one step of Adam on `lanes` float32 of a row, its two moments and its gradient."""
 
-    @_intrinsic
+    @intrinsic
     def move(typingctx, row, first, second, gradient, beta1, rest1, beta2, rest2, correction1, correction2, eps, rate):
         def generate(context, builder, signature, arguments):
             places, scalars = arguments[:4], [splat(builder, value, lanes) for value in arguments[4:]]
@@ -41,7 +41,7 @@ def _adam(lanes):
 def _step(lanes):
     """An intrinsic (row, gradient, factor): row += factor * gradient, on `lanes` float32."""
 
-    @_intrinsic
+    @intrinsic
     def move(typingctx, row, gradient, factor):
         def generate(context, builder, signature, arguments):
             values, g = (load(builder, place, F32, lanes) for place in arguments[:2])
@@ -58,7 +58,7 @@ adam_16, adam_1 = _adam(LANES), _adam(1)
 step_16, step_1 = _step(LANES), _step(1)
 
 
-@_intrinsic
+@intrinsic
 def _squares(typingctx, source, vectors):
     """The sum of the squares of 16 * `vectors` float32: 16 sums, which are then added by halves."""
 
@@ -79,7 +79,7 @@ def _squares(typingctx, source, vectors):
     return types.float32(types.int64, types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def store_f32(typingctx, address, value):
     def generate(context, builder, signature, arguments):
         builder.store(arguments[1], builder.inttoptr(arguments[0], F32.as_pointer()), align=1)
@@ -88,7 +88,7 @@ def store_f32(typingctx, address, value):
     return types.void(types.int64, types.float32), generate
 
 
-@_compiled
+@compiled
 def update_adam(values, ids, first, second, entries, gradient, corrections, count, width, beta1, beta2, eps, rate):
     """Adam on rows ids[i] of `values`, moments entries[i], gradient i; corrections[i] = 1 - beta1^t, 1 - beta2^t."""
     whole, size = width // LANES * LANES, 4 * width
@@ -96,9 +96,9 @@ def update_adam(values, ids, first, second, entries, gradient, corrections, coun
     e, lr = np.float32(eps), np.float32(rate)
     for i in range(count):
         if i + AHEAD < count:
-            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
-            _fetch(first + load_i64(entries + 8 * (i + AHEAD)) * size, size)
-            _fetch(second + load_i64(entries + 8 * (i + AHEAD)) * size, size)
+            fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+            fetch(first + load_i64(entries + 8 * (i + AHEAD)) * size, size)
+            fetch(second + load_i64(entries + 8 * (i + AHEAD)) * size, size)
         row, entry = values + load_i64(ids + 8 * i) * size, load_i64(entries + 8 * i) * size
         m, v, g = first + entry, second + entry, gradient + i * size
         c1, c2 = load_f32(corrections + 8 * i), load_f32(corrections + 8 * i + 4)
@@ -108,14 +108,14 @@ def update_adam(values, ids, first, second, entries, gradient, corrections, coun
             adam_1(row + k, m + k, v + k, g + k, b1, r1, b2, r2, c1, c2, e, lr)
 
 
-@_compiled
+@compiled
 def update_adagrad(values, ids, sums, entries, gradient, count, width, eps, rate):
     """Row-wise Adagrad on rows ids[i] of `values`, sums entries[i], gradient i."""
     vectors, size = width // LANES, 4 * width
     whole, e, lr, share = vectors * LANES, np.float32(eps), np.float32(rate), np.float32(width)
     for i in range(count):
         if i + AHEAD < count:
-            _fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
+            fetch(values + load_i64(ids + 8 * (i + AHEAD)) * size, size)
             prefetch(sums + load_i64(entries + 8 * (i + AHEAD)) * 4)
         row, g, place = values + load_i64(ids + 8 * i) * size, gradient + i * size, sums + load_i64(entries + 8 * i) * 4
         squares = _squares(g, vectors)
@@ -130,7 +130,7 @@ def update_adagrad(values, ids, sums, entries, gradient, count, width, eps, rate
             step_1(row + k, g + k, factor)
 
 
-@_compiled
+@compiled
 def claim(directory, rows, touched, entries):
     """entries[i] = directory[rows[i]], where a 0 is first set to the next number after `touched`; the last number."""
     first = directory.ctypes.data

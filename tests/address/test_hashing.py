@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.address import DEAD, canonical_ids, deepseek_v41, engram, hash_rows, hash_windows, next_tail, windows
+from byrote.address.hashing import plain_windows
 
 RAW, CLASSES = 60, 40
 VOCABULARY = np.arange(RAW) % CLASSES
@@ -230,6 +231,20 @@ def test_the_compiled_hash_of_any_integers(shape):
     for layer in SPECS[4].layers:
         assert torch.equal(hash_rows(seen, layer, 5), hash_windows(seen, layer, 5))
         assert torch.equal(hash_rows(seen.transpose(0, -2), layer, 5), hash_windows(seen.transpose(0, -2), layer, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(max_order=st.integers(2, 5), shape=st.tuples(st.integers(0, 3), st.integers(1, 9)), seed=st.integers(0, 2**31))
+def test_compiled_windows_are_the_plain_ones(max_order, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, tokens = shape
+    ids, tail = torch.randint(-5, 5, (rows, tokens + max_order - 1), generator=generator).split(
+        [tokens, max_order - 1], 1
+    )
+    ids, tail = (torch.where(x == 0, DEAD, x) for x in (ids, tail))
+    starts = torch.rand(tokens, rows, generator=generator).T < 0.2  # strides of its own
+    for behind in (tail, None):
+        assert torch.equal(windows(ids, starts, behind, max_order), plain_windows(ids, starts, behind, max_order))
 
 
 def test_compiles_as_one_graph():

@@ -75,17 +75,18 @@ def test_every_byte_of_every_codec():
         assert codec.name.startswith("int") or bool(plain.isnan().any())
 
 
-@settings(max_examples=50, deadline=None)
-@given(width=st.integers(1, 40), count=counts, seed=seeds)
-def test_nonzero_rows(width, count, seed):
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 70), sizes=st.lists(st.integers(1, 60), max_size=60), seed=seeds)
+def test_sum_rows(width, sizes, seed):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(count, width, generator=generator) * (
-        torch.rand(count, width, generator=generator) < 1 / width
-    )
-    values[::7] = -0.0
+    values = torch.randn(50, width, generator=generator)
+    values[::7, 1:], values[::3] = 0.0, -0.0
     values[::11, -1] = float("nan")
-    assert torch.equal(gather.nonzero_rows(values), values.any(dim=1))
-    assert torch.equal(gather.nonzero_rows(values.double()), values.any(dim=1))
+    order, ends = ids_of(50, sum(sizes), seed), torch.tensor(sizes, dtype=torch.int64).cumsum(0)
+    fast, plain = gather.sum_rows(values, order, ends), gather.sum_rows_twin(values, order, ends)
+    torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(fast[0].signbit() & (fast[0] == 0), plain[0].signbit() & (plain[0] == 0))
+    assert torch.equal(fast[1], plain[1]) and fast[1].tolist() == [bool(row.any()) for row in fast[0]]
 
 
 RECORDS, IDS, OUT = torch.zeros(9, 8, dtype=torch.uint8), torch.arange(4), torch.zeros(4, 8, dtype=torch.uint8)
