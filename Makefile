@@ -12,7 +12,7 @@ demo: .venv/.installed
 	$(BIN)/byrote demo
 
 # A file of tests stays with one process: what it sets up for the whole file is set up once.
-PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: .venv/.installed-dev
 	$(PYTEST)

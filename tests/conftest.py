@@ -7,6 +7,19 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+# Files that take longest begin first, so that no process is left alone with one of them in the end.
+LONGEST = (
+    "tables/test_log.py",
+    "test_readme.py",
+    "train/test_sharded_run.py",
+    "lab/test_runner.py",
+    "train/test_trainer.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

@@ -62,7 +62,9 @@ def test_dead_heads():
     def kill(model):
         pending = memory.lookup.pending
         pending.parts = [
-            (rows[keep], g[keep]) for rows, g in pending.parts for keep in [(rows < begin) | (rows >= end)]
+            tuple(column[keep] for column in part)
+            for part in pending.parts
+            for keep in [(part[0] < begin) | (part[0] >= end)]
         ]
 
     [text] = train(model, 2 * PATIENCE, kill)

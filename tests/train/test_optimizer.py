@@ -67,8 +67,8 @@ def test_row_gradients_that_are_not_finite_change_nothing():
     model(input_ids=ids, labels=ids).loss.backward()
     before = everything(model)
     pending = model.model.memories.memories["2"].lookup.pending
-    rows, gradient = pending.parts[0]
-    pending.parts[0] = (rows, gradient.index_fill(0, torch.tensor([0]), float("nan")))
+    rows, gradient, touched = pending.parts[0]
+    pending.parts[0] = (rows, gradient.index_fill(0, torch.tensor([0]), float("nan")), touched)
     with pytest.raises(RuntimeError, match="row gradients are not finite; nothing was changed"):
         optimizer.step()
     for name, value in everything(model).items():
@@ -204,7 +204,7 @@ def test_the_row_rule(name, rule):
     table = model.model.memories.memories["1"].table
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()
-        (rows, gradient), everything = optimizer.memories[0].lookup.pending.parts[0], torch.arange(table.num_rows)
+        (rows, gradient, _), everything = optimizer.memories[0].lookup.pending.parts[0], torch.arange(table.num_rows)
         rows, gradient = rows[gradient.any(1)], gradient[gradient.any(1)]
         expected, state = table.read(everything), table.read_state(rows, rule.fields(table.width))
         expected[rows], state = rule.update(expected[rows], state, gradient, 5e-3)
