@@ -52,13 +52,18 @@ def compilable(*tensors: Tensor) -> bool:
     return numba_is_there() and not _plain.get()
 
 
+def learned(*tensors: Tensor) -> bool:
+    """Whether a gradient will be asked for that passes one of them."""
+    import torch
+
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def decoding(*tensors: Tensor) -> bool:
     """Whether a loop of float32 on the CPU can take them, and nothing is learned from the call."""
     import torch
 
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return compilable(*tensors) and not torch.is_autocast_enabled("cpu")
+    return not learned(*tensors) and compilable(*tensors) and not torch.is_autocast_enabled("cpu")
 
 
 def replaceable(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
 from byrote.memory import MemoryStack
@@ -42,6 +43,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def _std(self, module: nn.Module) -> float:
         """Under muP that of hidden matrices is divided by the root of s."""
         return self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
+
+    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
+        """What a forward keeps its keys and values in: the cache that it was given, or a new one if it is to."""
+        if self.gradient_checkpointing and self.training:
+            if cache is not None:
+                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
+            return None
+        return DynamicCache(config=self.config) if use_cache and cache is None else cache  # type: ignore[arg-type]
 
     @property
     def memory_stack(self) -> MemoryStack | None:

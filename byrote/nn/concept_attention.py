@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from byrote.compiled import decoding, kernels, run
 from byrote.nn.gqa import FEW, FEW_NUMBERS, attend, attend_few, in_storage, split_heads
-from byrote.nn.norm import RMSNorm
+from byrote.nn.norm import RMSNorm, rms_norm
 
 Weighting = Literal["replicated", "uniform"]
 Kernel = Literal["dense", "sdpa", "flex", "varlen"]
@@ -123,7 +123,7 @@ class ConceptAttention(nn.Module):
     def keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H_kv, M, n] of concepts [B, M, d_c]: all that a later token needs of them."""
         z = self.concept_norm(z)
-        return _normalize(self.k_norm, split_heads(self.k_proj(z), self.head_dim)), split_heads(
+        return rms_norm(self.k_norm, split_heads(self.k_proj(z), self.head_dim)), split_heads(
             self.v_proj(z), self.head_dim
         )
 
@@ -132,7 +132,7 @@ class ConceptAttention(nn.Module):
         query = self.q_proj(self.token_norm(h))
         if h.shape[1] <= FEW and (read := self._read_compiled(query, key, value, places)) is not None:
             return self.o_proj(read)
-        query = _normalize(self.q_norm, split_heads(query, self.head_dim))
+        query = rms_norm(self.q_norm, split_heads(query, self.head_dim))
         key, value = key.to(query.dtype), value.to(query.dtype)
         kernel = KERNEL_FUNCTIONS[self.kernel]
         if h.shape[1] <= FEW:  # decoding
@@ -234,8 +234,3 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, places: Places, weighting:
 
 
 KERNEL_FUNCTIONS: dict[str, Callable[..., Tensor]] = {"dense": dense, "sdpa": sdpa, "flex": flex, "varlen": varlen}
-
-
-def _normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In the precision of the norm's weight, which autocast leaves in float32."""
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)

@@ -34,16 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byrote.compiled import compilable, decoding, kernels, replaceable, run
-from byrote.nn.norm import RMSNorm
+from byrote.nn.norm import RMSNorm, rms_norm
 from byrote.nn.rope import rotate
 
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 FEW_PRODUCTS = 2**22  # of all queries with all latents, below which calling torch's products costs more than they do
-
-
-def _normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In the precision of the norm's weight: autocast leaves that in float32 and there is no mixed kernel."""
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class MLA(nn.Module):
@@ -115,7 +110,7 @@ class MLA(nn.Module):
             query_rope = rotate(query_rope, rotary)
             latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
             latent, rope_key = (
-                _normalize(self.kv_a_norm, latent).unsqueeze(1),
+                rms_norm(self.kv_a_norm, latent).unsqueeze(1),
                 rotate(rope_key.unsqueeze(1), rotary),
             )
         if cache is not None:
@@ -174,7 +169,7 @@ class MLA(nn.Module):
     def _queries(self, x: Tensor) -> Tensor:
         if not self.has_query_latent:
             return self.q_proj(x)
-        return self.q_b_proj(_normalize(self.q_a_norm, self.q_a_proj(x)))
+        return self.q_b_proj(rms_norm(self.q_a_norm, self.q_a_proj(x)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * n] -> [B, H, S, n]"""

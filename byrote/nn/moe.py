@@ -204,7 +204,7 @@ class DeepSeekMoE(nn.Module):
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> tuple[Tensor, MoeStats]:
         if not self.training and (weights := self._plain_weights(x)) and decoding(x, *weights):
-            return self._few(x, *weights), MoeStats(None, None)
+            return self._as_one_loop(x, *weights), MoeStats(None, None)
         ids, gates, scores = self.router(x)
         y = self.experts(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
         if self.shared is not None:
@@ -227,7 +227,7 @@ class DeepSeekMoE(nn.Module):
         weights = shared.plain_weights(x) if replaceable(shared, MLP) else ()
         return (*own, *weights) if weights else ()
 
-    def _few(self, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor) -> Tensor:
+    def _as_one_loop(self, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         out, its = torch.empty_like(tokens), self.router
         routing = router, its.selection_bias, its.top_k, its.renormalize, float(its.route_scale)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled import compilable, kernels, learned, run
 
 
 class RMSNorm(nn.RMSNorm):
@@ -24,9 +24,14 @@ class RMSNorm(nn.RMSNorm):
         weight, eps = self.weight, self.eps
         if eps is None or x.shape[-1:] != weight.shape or not compilable(x, weight):
             return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if learned(x, weight):
             return _Normalize.apply(x, weight, eps)  # type: ignore[no-any-return]
         return _normalize(x, weight, eps)[0]
+
+
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """In the precision of the norm's weight: autocast leaves that in float32 and there is no mixed kernel."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class _Normalize(torch.autograd.Function):

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled import compilable, kernels, learned, run
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     given = [x for x in (gate, up, weight) if x is not None]
     if not compilable(*given):
         return plain_swiglu(gate, up, weight)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if learned(*given):
         return _SwiGLU.apply(gate, up, weight)  # type: ignore[no-any-return]
     return _swiglu(gate, up, weight)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from byrote.memory.concepts import ConceptState
@@ -106,6 +106,7 @@ class DLCMModel(DLCMPreTrainedModel):
             raise ValueError(
                 f"boundaries must be bool {list(input_ids.shape)}, got {boundaries.dtype} {list(boundaries.shape)}"
             )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         x, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
@@ -146,15 +147,11 @@ class DLCMModel(DLCMPreTrainedModel):
             balance_loss=None if found is None else found.balance_loss,
         )
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            if cache is not None:
-                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
-            return None
-        if self.config.boundary_convention == "literal" and (use_cache or cache is not None):
+    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
+        cached = super()._cache(cache, use_cache)
+        if cached is not None and self.config.boundary_convention == "literal":
             raise ValueError(
                 "boundary_convention='literal' pools tokens that are not there yet: it cannot be decoded with a cache; "
                 "pass use_cache=False, or train with 'close' or 'open'"
             )
-        return DynamicCache(config=self.config) if use_cache and cache is None else cache
+        return cached

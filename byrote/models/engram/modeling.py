@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
@@ -87,12 +87,7 @@ class EngramModel(EngramPreTrainedModel):
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
-                raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         embeddings, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
         angles = rotary(

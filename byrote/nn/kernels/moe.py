@@ -8,7 +8,7 @@ from byrote.nn.kernels.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
 from byrote.nn.kernels.top_k import top_k
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=OPTIONS["fastmath"])
+@numba.njit(**OPTIONS)
 def _swiglu_layer(x, gate_matrix, up_matrix, down_matrix, weight, hidden, out):
     """out += weight down (silu(gate x) * up x)"""
     width, d = gate_matrix.shape
