@@ -15,8 +15,6 @@ runs on a GPU, under torch.compile and in other dtypes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, run
+from byrote.compiled import compilable, kernels, run
 
 
 def gate_logits(streams: Tensor, keys: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -73,7 +71,7 @@ class _GateLogits(torch.autograd.Function):
     def forward(ctx: Any, streams: Tensor, keys: Tensor, gain: Tensor, eps: float) -> Tensor:
         streams, keys, gain = streams.contiguous(), keys.contiguous(), gain.contiguous()
         logits, scales = streams.new_empty(streams.shape[:2]), streams.new_empty(*streams.shape[:2], 2)
-        run(_kernels()[0], streams, keys, gain, eps, logits, scales)
+        run(kernels("fuse").logits, streams, keys, gain, eps, logits, scales)
         ctx.save_for_backward(streams, keys, gain, logits, scales)
         return logits
 
@@ -82,7 +80,7 @@ class _GateLogits(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         to_streams, to_keys, to_gain = (torch.empty_like(tensor) for tensor in saved[:3])
-        run(_kernels()[1], *saved, gradients[0].contiguous(), to_streams, to_keys, sums=[to_gain])
+        run(kernels("fuse").logits_backward, *saved, gradients[0].contiguous(), to_streams, to_keys, sums=[to_gain])
         return to_streams, to_keys, to_gain, None
 
 
@@ -92,7 +90,7 @@ class _Gated(torch.autograd.Function):
         gates, value, gain = gates.contiguous(), value.contiguous(), gain.contiguous()
         u = value.new_empty(*gates.shape, value.shape[1])
         columns = torch.empty_like(u)
-        run(_kernels()[2], gates, value, gain, eps, u, columns)
+        run(kernels("fuse").gated, gates, value, gain, eps, u, columns)
         ctx.save_for_backward(gates, value, gain)
         ctx.eps = eps
         return u, columns
@@ -103,7 +101,7 @@ class _Gated(torch.autograd.Function):
         saved = ctx.saved_tensors
         to_u, to_columns = (gradient.contiguous() for gradient in gradients)
         to_gates, to_value, to_gain = (torch.empty_like(tensor) for tensor in saved)
-        run(_kernels()[3], *saved, ctx.eps, to_u, to_columns, to_gates, to_value, sums=[to_gain])
+        run(kernels("fuse").gated_backward, *saved, ctx.eps, to_u, to_columns, to_gates, to_value, sums=[to_gain])
         return to_gates, to_value, to_gain, None
 
 
@@ -112,7 +110,7 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, columns: Tensor, taps: Tensor, documents: Tensor, dilation: int) -> Tensor:
         columns, taps, documents = columns.contiguous(), taps.contiguous(), documents.contiguous()
         z = torch.empty_like(columns)
-        run(_kernels()[4], columns, taps, documents, dilation, z)
+        run(kernels("fuse").convolve, columns, taps, documents, dilation, z)
         ctx.save_for_backward(columns, taps, documents)
         ctx.dilation = dilation
         return z
@@ -123,134 +121,5 @@ class _Convolve(torch.autograd.Function):
         columns, taps, documents = ctx.saved_tensors
         to_columns, to_taps = torch.empty_like(columns), torch.empty_like(taps)
         inputs = columns, taps, documents, ctx.dilation, gradients[0].contiguous()
-        run(_kernels()[5], *inputs, to_columns, sums=[to_taps])
+        run(kernels("fuse").convolve_backward, *inputs, to_columns, sums=[to_taps])
         return to_columns, to_taps, None, None
-
-
-@cache
-def _kernels() -> tuple[Callable[..., None], ...]:
-    """Of each function above, forward and backward; compiled at first use and kept on disk."""
-    import numpy as np
-    from numba import njit
-
-    # As in byrote.nn.mix: sums may be reordered, NaN and infinity stay; few arrays in each inner loop.
-    options: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}}
-    three, two, many = "float32[:,:,::1]", "float32[:,::1]", "int64[::1]"
-
-    def compiled(*arrays: str) -> Any:
-        return njit(f"void(int64, int64, {', '.join(arrays)})", **options)
-
-    @compiled(three, three, two, "float32", two, three)
-    def logits(begin, end, streams, keys, gain, eps, out, scales):
-        n, d = gain.shape
-        for t in range(begin, end):
-            for m in range(n):
-                # A gate's root has a slope of up to 500 where s is near 0, which is where s is a small sum of large
-                # terms: in float64 it is as exact as it can be.
-                query, key, product = np.float32(0), np.float32(0), 0.0
-                for c in range(d):
-                    query += streams[t, m, c] * streams[t, m, c]
-                    key += keys[t, m, c] * keys[t, m, c]
-                for c in range(d):
-                    product += np.float64(streams[t, m, c]) * keys[t, m, c] * gain[m, c]
-                query = np.float32(1) / np.sqrt(query / np.float32(d) + eps)
-                key = np.float32(1) / np.sqrt(key / np.float32(d) + eps)
-                scales[t, m, 0], scales[t, m, 1] = query, key
-                out[t, m] = product * query * key / np.sqrt(np.float32(d))
-
-    @compiled(three, three, two, two, three, two, three, three, two)
-    def logits_backward(begin, end, streams, keys, gain, logits, scales, gradient, to_streams, to_keys, to_gain):
-        n, d = gain.shape
-        for t in range(begin, end):
-            for m in range(n):
-                query, key = scales[t, m, 0], scales[t, m, 1]
-                each = gradient[t, m] * query * key / np.sqrt(np.float32(d))
-                back = -gradient[t, m] * logits[t, m] / np.float32(d)
-                to_query, to_key = back * query * query, back * key * key
-                for c in range(d):
-                    to_streams[t, m, c] = each * keys[t, m, c] * gain[m, c] + to_query * streams[t, m, c]
-                for c in range(d):
-                    to_keys[t, m, c] = each * streams[t, m, c] * gain[m, c] + to_key * keys[t, m, c]
-                for c in range(d):
-                    to_gain[m, c] += each * streams[t, m, c] * keys[t, m, c]
-
-    @compiled(two, two, two, "float32", three, three)
-    def gated(begin, end, gates, value, gain, eps, u, columns):
-        n, d = gain.shape
-        for t in range(begin, end):
-            square = np.float32(0)
-            for c in range(d):
-                square += value[t, c] * value[t, c]
-            square /= np.float32(d)
-            for m in range(n):
-                gate = gates[t, m]
-                for c in range(d):
-                    u[t, m, c] = gate * value[t, c]
-                gate /= np.sqrt(gate * gate * square + eps)
-                for c in range(d):
-                    columns[t, m, c] = gate * value[t, c] * gain[m, c]
-
-    @compiled(two, two, two, "float32", three, three, two, two, two)
-    def gated_backward(begin, end, gates, value, gain, eps, to_u, to_columns, to_gates, to_value, to_gain):
-        n, d = gain.shape
-        for t in range(begin, end):
-            square, to_square = np.float32(0), np.float32(0)
-            for c in range(d):
-                square += value[t, c] * value[t, c]
-                to_value[t, c] = 0
-            square /= np.float32(d)
-            for m in range(n):
-                gate = gates[t, m]
-                inverse = np.float32(1) / np.sqrt(gate * gate * square + eps)
-                scale, direct, through = gate * inverse, np.float32(0), np.float32(0)
-                for c in range(d):
-                    direct += to_u[t, m, c] * value[t, c]
-                for c in range(d):
-                    through += to_columns[t, m, c] * value[t, c] * gain[m, c]
-                # scale = gate (gate^2 square + eps)^(-1/2), of which gate and square are variables
-                through *= inverse * inverse * inverse
-                to_gates[t, m] = direct + through * eps
-                to_square -= through * gate * gate * gate / np.float32(2)
-                for c in range(d):
-                    to_value[t, c] += gate * to_u[t, m, c]
-                for c in range(d):
-                    to_value[t, c] += scale * to_columns[t, m, c] * gain[m, c]
-                for c in range(d):
-                    to_gain[m, c] += scale * to_columns[t, m, c] * value[t, c]
-            to_square *= np.float32(2) / np.float32(d)
-            for c in range(d):
-                to_value[t, c] += to_square * value[t, c]
-
-    @compiled(three, three, many, "int64", three)
-    def convolve(begin, end, columns, taps, documents, dilation, z):
-        n, d = columns.shape[1:]
-        last = len(taps) - 1
-        for t in range(begin, end):
-            for m in range(n):
-                for c in range(d):
-                    z[t, m, c] = columns[t, m, c] * taps[last, m, c]
-                for i in range(last):
-                    r = t - (last - i) * dilation
-                    if r >= 0 and documents[r] == documents[t]:
-                        for c in range(d):
-                            z[t, m, c] += columns[r, m, c] * taps[i, m, c]
-
-    @compiled(three, three, many, "int64", three, three, three)
-    def convolve_backward(begin, end, columns, taps, documents, dilation, to_z, to_columns, to_taps):
-        n, d = columns.shape[1:]
-        last = len(taps) - 1
-        for t in range(begin, end):  # what arrives at t, from the tokens that see it
-            for m in range(n):
-                for c in range(d):
-                    to_columns[t, m, c] = taps[last, m, c] * to_z[t, m, c]
-                for c in range(d):
-                    to_taps[last, m, c] += columns[t, m, c] * to_z[t, m, c]
-                for i in range(last):
-                    s = t + (last - i) * dilation
-                    if s < len(documents) and documents[s] == documents[t]:
-                        for c in range(d):
-                            to_columns[t, m, c] += taps[i, m, c] * to_z[s, m, c]
-                        for c in range(d):
-                            to_taps[i, m, c] += columns[t, m, c] * to_z[s, m, c]
-
-    return logits, logits_backward, gated, gated_backward, convolve, convolve_backward
