@@ -104,7 +104,9 @@ def bench(
     from byrote.lab.ratios import Options
     from byrote.lab.table_bench import run
     from byrote.lab.update_bench import state_bytes
+    from byrote.train.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as in training: pages that each round has to ask for again are noise, ours and theirs
     console = Console()
     shown = Table(box=None, pad_edge=False)
     for column in ("what", "ms", "theirs", "ratio", "range", "goal", ""):

@@ -66,9 +66,11 @@ def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `sum_rows` returns, and which of the sums are not all zero."""
+    if rows.device.type == "cpu" and len(rows) and int(rows.max()) < 2**31:
+        rows = rows.int()  # sorts in half the time
     ordered, order = torch.sort(rows, stable=True)
     unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    return unique, *add_rows(gradient.contiguous(), order, counts.cumsum(0))
+    return unique.long(), *add_rows(gradient.contiguous(), order, counts.cumsum(0))
 
 
 @dataclass(eq=False)
