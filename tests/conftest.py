@@ -1,11 +1,16 @@
 """Fixtures that several packages use."""
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels for a GPU run on the CPU
 
 # Files that take longest begin first, so that no process is left alone with one of them in the end.
 LONGEST = (

@@ -8,9 +8,9 @@ On a CPU a read begins early if it would wait for a device: if the table can tel
 Sharded tables and overlays are always read in place: ranks must exchange rows in one order, and an overlay cannot be
 read while it is written.
 
-On a GPU every table that counts its writes is read early: row ids go to the host on a stream of their own, rows come
-back on it from pinned memory, and the layer's stream waits for them. So no layer stops the launching of kernels to ask
-for row ids.
+On a GPU every table that counts its writes is read early, on a stream of its own, for which the layer's stream waits.
+What the GPU reads itself (`asynchronous` tables) is queued there at once, and not timed. Else a thread waits for the
+row ids, and rows go back from pinned memory. So no layer stops the launching of kernels to ask for row ids.
 
 What a layer gets is what it would have read at that moment: a read that a write has overtaken is thrown away, and made
 again at the layer. The first wait takes the values, so that they are not kept for the backward; a block that is
@@ -60,9 +60,16 @@ class Reading:
     def __init__(self, table: Table, rows: Tensor, times: Times) -> None:
         self.table, self.rows, self.times = table, rows, times
         self._writes: int = table.writes  # type: ignore[attr-defined]
-        read = _read_for_gpu if rows.is_cuda else _read
-        arguments = (torch.cuda.current_stream(rows.device).record_event(),) if rows.is_cuda else ()
-        self._job: Future[Any] | None = _pool(os.getpid()).submit(read, table, rows, *arguments)
+        self._job: Future[Any] | None
+        if not rows.is_cuda:
+            self._job = _pool(os.getpid()).submit(_read, table, rows)
+            return
+        ready = torch.cuda.current_stream(rows.device).record_event()
+        if getattr(table, "asynchronous", False):
+            self._job = Future()
+            self._job.set_result(_queue_on_gpu(table, rows, ready))
+        else:
+            self._job = _pool(os.getpid()).submit(_read_for_gpu, table, rows, ready)
 
     def take(self) -> Tensor | None:
         """Raises what the read has raised."""
@@ -112,6 +119,15 @@ def _read_for_gpu(table: Table, rows: Tensor, ready: Any) -> tuple[Tensor, float
         staged = table.read(ids).pin_memory()
         values = staged.to(rows.device, non_blocking=True)
         return values, time.perf_counter() - began, stream.record_event()
+
+
+def _queue_on_gpu(table: Table, rows: Tensor, ready: Any) -> tuple[Tensor, float, Any]:
+    stream = _stream(rows.device)
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        values = table.read(rows)
+        rows.record_stream(stream)
+        return values, 0.0, stream.record_event()
 
 
 @cache

@@ -22,6 +22,7 @@ from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
 from byrote.tables.device import DeviceTable
 from byrote.tables.logged import LoggedTable
+from byrote.tables.pinned import PinnedTable
 from byrote.tables.ram import RamTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
@@ -154,19 +155,32 @@ class MemoryStack(nn.Module):
 
     def to_device(self, device: torch.device | str) -> None:
         """Bring every table, and the state of its rows, onto a device."""
+        for memory, table in self._in_ram():
+            memory.table = DeviceTable.of(table, device)
+
+    def pin(self) -> None:
+        """Lock the memory of every table, so that a GPU reads rows by itself."""
+        for memory, table in self._in_ram():
+            memory.table = PinnedTable.of(table)
+
+    def _in_ram(self) -> list[tuple[Memory, RamTable]]:
         for layer_id, memory in self.items():
             if not isinstance(memory.table, RamTable):
                 kind = type(memory.table).__name__
                 raise ValueError(
-                    f"table {layer_id} is a {kind}; only tables in RAM (placement='host') move to a device"
+                    f"table {layer_id} is a {kind}; only tables in RAM (placement='host') are pinned or moved elsewhere"
                 )
-            memory.table = DeviceTable.of(memory.table, device)
+        return [(memory, memory.table) for _, memory in self.items() if isinstance(memory.table, RamTable)]
 
     @property
     def device(self) -> torch.device | None:
         """Where tables of placement "device" are; None for other placements."""
         tables = (memory.table for _, memory in self.items())
         return next((table.device for table in tables if isinstance(table, DeviceTable)), None)
+
+    @property
+    def pinned(self) -> bool:
+        return any(isinstance(memory.table, PinnedTable) for _, memory in self.items())
 
     @property
     def sharded(self) -> bool:

@@ -26,8 +26,9 @@ from byrote.tables.checksums import write_sums
 from byrote.tables.device import accelerator
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
+from byrote.tables.pinned import check_gpu
 
-PLACEMENTS = ("host", "device", "file", "sharded")
+PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -101,15 +102,18 @@ class MemoryPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """The model with its tables open; ValueError where a table is missing, truncated or another model's.
 
-        `placement`: where the tables live; "host" is RAM, "device" an accelerator, "file" leaves them in their files,
-        to be read and not trained. Each follows a checkpoint of a file-table run to the run's log. "sharded" spreads
-        the rows over the ranks of the process group, which all call it. `cache`: bytes of RAM, as 64_000_000 or "64MB",
-        for the rows of tables in files that are read most, shared among the tables.
+        `placement`: where the tables live; "host" is RAM, "pinned" RAM that a GPU reads by itself, "device" an
+        accelerator, "file" leaves them in their files, to be read and not trained. Each follows a checkpoint of a
+        file-table run to the run's log. "sharded" spreads the rows over the ranks of the process group, which all call
+        it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of tables in files that are read most, shared
+        among the tables.
         """
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
         if placement == "device":
             accelerator()  # before anything is loaded
+        if placement == "pinned":
+            check_gpu()
         if cache is not None and placement != "file":
             raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
@@ -132,11 +136,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
 
-        `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded or on a device stay there.
+        `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded, pinned or on a device stay so.
         """
         stack = self.memory_stack
-        if stack is not None and (stack.sharded or stack.device is not None):
-            placement = "sharded" if stack.sharded else "device"
+        if stack is not None and (stack.sharded or stack.pinned or stack.device is not None):
+            placement = "sharded" if stack.sharded else "pinned" if stack.pinned else "device"
         self._open_tables(lambda file: Path(folder) / file, placement)
 
     def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
@@ -158,6 +162,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             memory.table = table
         if placement == "sharded":
             stack.shard()
+        elif placement == "pinned":
+            stack.pin()
         elif placement == "device":
             stack.to_device(device or accelerator())
 

@@ -13,8 +13,8 @@ the streams become the gates of `byrote.nn.engram`:
 so the keys [N, n, d] never exist in memory. Sums and products are float32. Left out: biases of the key projection, a
 backward, and memories whose C W values do not fit a program (`WIDEST`).
 
-It has run in Triton's interpreter, on a CPU, and was compiled for an H100; it has run on no GPU, and `Engram` does not
-use it.
+Records are float32 or bfloat16 here. It has run in Triton's interpreter, on a CPU, and was compiled for an H100; it
+has run on no GPU, and `Engram` does not use it.
 """
 
 # No `from __future__ import annotations` here: Triton reads the annotations.
@@ -74,7 +74,9 @@ def _gather_gate(
 def gather_gate(
     records: Tensor, ids: Tensor, streams: Tensor, key: Tensor, gain: Tensor, eps: float, zero_gate_rule: ZeroGateRule
 ) -> tuple[Tensor, Tensor]:
-    check_records(records, ids)
+    if records.dtype not in (torch.float32, torch.bfloat16) or not records.is_contiguous():
+        raise ValueError(f"records must be float32 or bfloat16 and contiguous, got {records.dtype}: gather, then gate")
+    check_records(records.view(torch.uint8), ids, records.shape[1] * records.itemsize)
     (count, columns), width, (_, number, hidden) = ids.shape, records.shape[1], streams.shape
     memory = columns * width
     wanted = {"streams": (count, number, hidden), "key": (number * hidden, memory), "gain": (number, hidden)}

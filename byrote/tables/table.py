@@ -13,6 +13,8 @@ before the first of them changes. Values that were read while the number changed
 
     cold(rows) -> bool   whether reading row ids [...] would wait (a sample is looked at); their reads have then begun
     warm(rows)           bring rows into memory, waiting for the device; returns nothing and changes nothing
+
+A table with a true `asynchronous` reads row ids that are on a GPU there: a read is queued, and the host does not wait.
 """
 
 from __future__ import annotations

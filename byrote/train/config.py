@@ -69,8 +69,8 @@ class TrainRecipe:
     decay: float = 0.2  # of wsd: the share of the steps, the last ones, in which the rate falls
     precision: str = "float32"  # or "bfloat16": autocast
     gradient_checkpointing: bool = False
-    # Of the tables: RAM; "device": beside the dense part; "file": changed rows in RUN/tables, to which checkpoints
-    # point; "sharded": over the processes
+    # Of the tables: RAM; "pinned": RAM that a GPU reads by itself; "device": beside the dense part; "file": changed
+    # rows in RUN/tables, to which checkpoints point; "sharded": over the processes
     placement: str = "host"
     seed: int = 0
     eval_every: int = 200  # steps; 0: at the end only
@@ -104,7 +104,7 @@ class TrainRecipe:
             "muon_coefficients": ("hybrid", "jordan"),
             "schedule": ("cosine", "constant", "step", "wsd"),
             "precision": ("float32", "bfloat16"),
-            "placement": ("host", "device", "file", "sharded"),
+            "placement": ("host", "pinned", "device", "file", "sharded"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")

@@ -22,6 +22,7 @@ from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.tables.device import accelerator
+from byrote.tables.pinned import check_gpu
 from byrote.train import filetables
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, latest, sharded
@@ -107,7 +108,7 @@ def make_trainer(
     tokenizer = load_tokenizer(data / "tokenizer")
     config = config_of(recipe, tokenizer)
     if checkpoint:
-        opened = "host" if settings.placement == "device" else settings.placement
+        opened = "host" if settings.placement in ("device", "pinned") else settings.placement
         model = model_class(config).from_pretrained(checkpoint, placement=opened)
         align(model)
     else:
@@ -123,6 +124,8 @@ def make_trainer(
     model.to(device)
     if settings.placement == "device" and model.memory_stack is not None:
         model.memory_stack.to_device(device)
+    if settings.placement == "pinned" and model.memory_stack is not None:
+        model.memory_stack.pin()
     world = dist.get_world_size() if dist.is_initialized() else 1
     packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
     validation = Validation(
@@ -212,6 +215,8 @@ def _check_processes(recipe: Recipe) -> None:
         )
     if recipe.train.placement == "device" and recipe.train.device == "auto":
         accelerator()  # with train.device = "cpu" the tables are in RAM, as the model is
+    if recipe.train.placement == "pinned":
+        check_gpu()
 
 
 def _begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:
