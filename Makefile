@@ -36,13 +36,16 @@ RUN = PYTHONPATH=. $(PYTHON)
 MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
 
 gpu:
-	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py
+	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
 	mkdir -p $(OUT)
 	for shape in tiny wide; do for compile in "" --compile; do \
 	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \
 	        || exit 1; done; done
 	for shape in tiny wide small; do \
 	    $(RUN) benchmarks/decode.py $(MEASURE) --shape $$shape --json $(OUT)/decode-$$shape.json || exit 1; done
+	for billions in 32 64; do \
+	    $(RUN) benchmarks/pinned.py $(MEASURE) --billions $$billions --profile --json $(OUT)/pinned-$$billions.json \
+	        || exit 1; done
 	$(RUN) benchmarks/small.py --device $(DEVICE) $(if $(QUICK),--quick) --out $(OUT)/small
 	for shape in tiny small; do \
 	    $(RUN) benchmarks/dlcm.py $(MEASURE) --shape $$shape --json $(OUT)/dlcm-$$shape.json || exit 1; done
