@@ -5,8 +5,8 @@
 The backbone is the paper's dense one of 4 B parameters (`--preset`), with random weights. The tables have `--billions`
 of parameters in two layers, in 8 bits; their rows repeat, their addresses do not. On a GPU they are pinned
 (placement="pinned"): a kernel there reads them over the bus. Prefill: rows of 1,024 tokens. Decode: one token at a
-time, of one row and of 32, behind 256 tokens. The Engram paper (section 6.4, table 4) reports -1.9 % and -2.8 % of throughput
-for a table of 100 B beside models of 4 B and 8 B.
+time, of one row and of 32, behind 256 tokens. The Engram paper (section 6.4, table 4) reports -1.9 % and -2.8 % of
+throughput for a table of 100 B beside models of 4 B and 8 B.
 """
 
 from __future__ import annotations

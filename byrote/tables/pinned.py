@@ -11,6 +11,7 @@ needed; the system then cannot swap them.
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class PinnedTable(RamTable):
         touched = table.touched()
         made.replace_state(touched, table.read_state(touched, table.fields))
         return made
+
+    @classmethod
+    def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> PinnedTable:
+        return cls.of(RamTable.open(path, num_rows=num_rows, width=width, digest=digest))
 
     @property
     def rows(self) -> Tensor:

@@ -23,6 +23,7 @@ from byrote.tables.device import DeviceTable
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 from byrote.tables.overlay import OverlayTable
+from byrote.tables.pinned import PinnedTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
 from byrote.tables.sparse import SparseRows
@@ -61,6 +62,22 @@ KINDS |= {
     )
     for codec in ("fp32", "bf16", "fp8", "int8", "int4")
 }
+
+
+KINDS |= {
+    f"pinned-{codec}": Kind(
+        lambda *args, codec=codec, **kwargs: PinnedTable(*args, codec=codec, **kwargs), PinnedTable.open, through(codec)
+    )
+    for codec in ("fp32", "bf16", "int8")
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_lock(monkeypatch):
+    """Without a GPU a pinned table is one in RAM."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("byrote.tables.pinned.check_gpu", lambda: None)
+        monkeypatch.setattr(PinnedTable, "_lock", lambda table: None)
 
 
 def logged(base: Table) -> LoggedTable:
