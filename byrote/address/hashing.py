@@ -36,11 +36,25 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = None) -> Array:
     """Compressed ids. A dead position's raw id does not matter; any other must be in the vocabulary."""
+    fitting = alive is None or (alive.dtype == torch.bool and alive.shape == input_ids.shape)
+    if fitting and _compilable(input_ids):
+        return _compiled_canonical_ids(vocabulary, input_ids, alive)
     check_known(input_ids, len(vocabulary), alive)
     xp = _namespace(input_ids)
     if alive is None:
         return vocabulary[input_ids]
     return xp.where(alive, vocabulary[xp.where(alive, input_ids, 0)], DEAD)
+
+
+def _compiled_canonical_ids(vocabulary: Any, input_ids: Any, alive: Any) -> Any:
+    from byrote.address import kernels
+
+    out = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
+    living = np.empty(0, bool) if alive is None else alive.contiguous().view(-1).numpy()
+    ids = input_ids.contiguous().view(-1).numpy()
+    if not kernels.canonical_ids(vocabulary.numpy(), ids, living, out.view(-1).numpy()):
+        check_known(input_ids, len(vocabulary), alive)
+    return out
 
 
 def check_known(input_ids: Array, vocab_size: int, alive: Array | None = None) -> None:

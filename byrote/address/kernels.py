@@ -57,6 +57,20 @@ def hash_windows(windows, multipliers, primes, offsets, pad_id, out):
 
 
 @numba.njit(cache=True, nogil=True)
+def canonical_ids(vocabulary, ids, alive, out):
+    """out [M] for ids and alive [M], which may be empty: all are; whether all living ids are in the vocabulary."""
+    known = True
+    for i in range(len(ids)):
+        if len(alive) and not alive[i]:
+            out[i] = DEAD
+        elif ids[i] < 0 or ids[i] >= len(vocabulary):
+            known = False
+        else:
+            out[i] = vocabulary[ids[i]]
+    return known
+
+
+@numba.njit(cache=True, nogil=True)
 def windows(ids, starts, tail, out):
     """out [B, T, N] for ids and starts [B, T] and the tail [B, N - 1]; a token walks back until its document ends."""
     rows, tokens, order = out.shape

@@ -247,6 +247,21 @@ def test_compiled_windows_are_the_plain_ones(max_order, shape, seed):
         assert torch.equal(windows(ids, starts, behind, max_order), plain_windows(ids, starts, behind, max_order))
 
 
+@pytest.mark.parametrize("dead", [None, 0.4])
+def test_compiled_canonical_ids_are_the_plain_ones(dead):
+    generator = np.random.default_rng(0)
+    ids, alive = generator.integers(0, RAW, (5, 7)), None if dead is None else generator.random((5, 7)) >= dead
+    expected = canonical_ids(VOCABULARY, ids, alive)
+    if alive is not None:
+        ids = np.where(alive, ids, 10**12)
+    for order in (lambda array: array, lambda array: np.ascontiguousarray(array.T).T):  # with strides of its own too
+        there = None if alive is None else torch.from_numpy(order(alive))
+        found = canonical_ids(torch.from_numpy(VOCABULARY), torch.from_numpy(order(ids)), there)
+        assert (found.numpy() == expected).all()
+    with pytest.raises(ValueError, match=r"alive is torch\.int64"):
+        canonical_ids(torch.from_numpy(VOCABULARY), torch.zeros(2, 2).long(), torch.ones(2, 2).long())
+
+
 def test_compiles_as_one_graph():
     spec = SPECS[3]
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, CLASSES, (2, 8)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from byrote.compiled import plain_twins
 from byrote.memory.sequence import carry
 from byrote.nn.engram import Engram, Gate, UngatedMemory
 
@@ -190,6 +191,45 @@ def test_any_chunking_equals_the_whole(seed, cuts, dead):
             torch.testing.assert_close(addend, whole[:, begin:end])
             torch.testing.assert_close(read, columns[:, begin:end])
             tail = carry(tail, read, part[2], part[3], 0.0)
+
+
+STEPS = [{}, {"kernel_size": 1}, {"kernel_size": 2, "dilation": 4}, {"bias": True, "zero_gate_rule": "copysign"}]
+
+
+@pytest.mark.parametrize("options", STEPS)
+def test_a_step_of_decoding_as_one_loop(options):
+    """Rows that go on, begin and are dead; a logit of zero; what is not finite stays in its row."""
+    layer, rows = make(**options).eval(), 7
+    streams, embeddings, tail = (
+        torch.randn(rows, *shape, generator=torch.Generator().manual_seed(3))
+        for shape in ((1, STREAMS, D), (1, MEMORY), (layer.tail_length, STREAMS * D))
+    )
+    streams[5], streams[6, 0, 1, 2] = 0.0, float("nan")
+    alive, starts = torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows, 1, dtype=torch.bool)
+    alive[2], starts[1] = False, True
+    step = streams, embeddings, alive, starts, tail
+    with torch.no_grad():
+        fast = layer(*step)
+        with plain_twins():
+            plain = layer(*step)
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-6, equal_nan=True)
+        assert one[:6].isfinite().all() and one[6].isnan().any() and (one[2] == 0).all()
+    learned = layer(*step)[0]  # a backward is possible
+    assert learned.requires_grad
+    torch.testing.assert_close(learned, plain[0], atol=2e-6, rtol=1e-6, equal_nan=True)
+
+
+def test_a_step_calls_what_somebody_waits_for():
+    layer, seen = make().eval(), []
+    alive = torch.ones(1, 1, dtype=torch.bool)
+    step = torch.randn(1, 1, STREAMS, D), torch.randn(1, 1, MEMORY), alive, ~alive
+    for name in ("gate", "key", "value"):
+        handle = layer.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+        with torch.no_grad():
+            layer(*step, torch.zeros(1, layer.tail_length, STREAMS * D))
+        handle.remove()
+        assert seen.pop()
 
 
 def test_packed_documents_equal_separate_ones_and_a_start_hides_the_tail():

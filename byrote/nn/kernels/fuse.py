@@ -4,7 +4,7 @@
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import OPTIONS, THREE, TWO
+from byrote.nn.kernels.options import OPTIONS, THREE, TWO, UNIT, exp
 
 
 def _compiled(*arrays):
@@ -128,3 +128,46 @@ def convolve_backward(begin, end, columns, taps, documents, dilation, to_z, to_c
                         to_columns[t, m, c] += taps[i, m, c] * to_z[s, m, c]
                     for c in range(d):
                         to_taps[i, m, c] += columns[t, m, c] * to_z[s, m, c]
+
+
+@numba.njit(
+    f"void(int64, int64, {THREE}, {THREE}, {TWO}, {TWO}, {TWO}, {TWO}, {THREE}, int64, {THREE}, boolean[::1], "
+    f"boolean[::1], boolean, float32, float32, {THREE}, {TWO})",
+    **OPTIONS,
+)
+def step(
+    begin, end, streams, keys, value, query_gain, key_gain, conv_gain, weight, dilation, tail, alive, starts,
+    copysign, eps, conv_eps, addend, columns,
+):  # fmt: skip
+    """All of a layer for one token a row, from its keys and value: weight [n, d, K], tail [B, L, n d], newest last."""
+    n, d, taps = weight.shape
+    for row in range(begin, end):
+        square = np.float32(0)
+        for c in range(d):
+            square += value[row, c] * value[row, c]
+        square /= np.float32(d)
+        seen = taps if alive[row] and not starts[row] else 1
+        for m in range(n):
+            query, key, product = np.float32(0), np.float32(0), 0.0
+            for c in range(d):
+                query += streams[row, m, c] * streams[row, m, c]
+                key += keys[row, m, c] * keys[row, m, c]
+            for c in range(d):
+                product += np.float64(streams[row, m, c]) * keys[row, m, c] * (query_gain[m, c] * key_gain[m, c])
+            query = UNIT / np.sqrt(query / np.float32(d) + eps)
+            key = UNIT / np.sqrt(key / np.float32(d) + eps)
+            logit = np.float32(product * query * key / np.sqrt(np.float32(d)))
+            size = abs(logit)
+            signed = np.copysign(np.sqrt(np.float32(1e-6) if size < np.float32(1e-6) else size), logit)
+            if logit == 0 and not copysign:
+                signed = np.float32(0)
+            gate = UNIT / (UNIT + exp(-signed)) if alive[row] else np.float32(0)
+            scale = gate / np.sqrt(gate * gate * square + conv_eps)
+            for c in range(d):
+                place = m * d + c
+                column = scale * value[row, c] * conv_gain[m, c]
+                columns[row, place] = column
+                z = column * weight[m, c, taps - 1]
+                for back in range(1, seen):
+                    z += tail[row, tail.shape[1] - back * dilation, place] * weight[m, c, taps - 1 - back]
+                addend[row, m, c] = gate * value[row, c] + z / (UNIT + exp(-z))
