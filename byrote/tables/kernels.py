@@ -26,7 +26,7 @@ from byrote.tables.moves import (
 from byrote.tables.moves import copy as move
 from byrote.vectors import LANES
 
-BEYOND_CACHES = 32 << 20  # bytes
+BEYOND_CACHES = 16 << 20  # bytes: from there on what reads the rows next is faster, too
 
 
 @compiled
