@@ -102,7 +102,7 @@ class MemoryStack(nn.Module):
         self.memories = nn.ModuleDict(
             {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
         )
-        self.holds_pointers: Callable[[Path], bool] = nowhere
+        self.is_checkpoint: Callable[[Path], bool] = nowhere  # of the training that goes on
         self._checked: tuple[int, int] | None = None
 
     def items(self) -> list[tuple[int, Memory]]:
@@ -199,25 +199,28 @@ class MemoryStack(nn.Module):
         return folder / f"table-{layer_id}.safetensors"
 
     def save_tables(self, folder: Path) -> None:
-        """Write every table into `folder`; of one whose changed rows are in a log, and where `holds_pointers(folder)`,
-        a pointer to them.
+        """Write every table into `folder`. If that `is_checkpoint`, the state of its rows too; of a table whose changed
+        rows are in a log, a pointer to both.
         """
+        checkpoint = self.is_checkpoint(folder)
         for layer_id, memory in self.items():
             path = self.table_path(folder, layer_id)
-            if isinstance(memory.table, LoggedTable) and self.holds_pointers(folder):
+            if checkpoint and isinstance(memory.table, LoggedTable):
                 memory.table.checkpoint(path.with_suffix(POINTER))
-            else:
-                memory.table.save(path)
+                continue
+            memory.table.save(path)
+            if checkpoint:
+                memory.table.save_state(_row_state_path(folder, layer_id))
 
     def save_row_state(self, folder: Path) -> None:
         """Write the rule state of every table into `folder`."""
         for layer_id, memory in self.items():
-            memory.table.save_state(folder / f"row-state-{layer_id}.safetensors")
+            memory.table.save_state(_row_state_path(folder, layer_id))
 
     def load_row_state(self, folder: Path) -> None:
         """Read back what `save_row_state` wrote, for tables of the same generation."""
         for layer_id, memory in self.items():
-            memory.table.load_state(folder / f"row-state-{layer_id}.safetensors")
+            memory.table.load_state(_row_state_path(folder, layer_id))
 
     def _check_vocabulary(self) -> None:
         stamp = (id(self.vocabulary), self.vocabulary._version)
@@ -236,3 +239,7 @@ class MemoryStack(nn.Module):
 
 def nowhere(folder: Path) -> bool:
     return False
+
+
+def _row_state_path(folder: Path, layer_id: int) -> Path:
+    return folder / f"row-state-{layer_id}.safetensors"

@@ -1,13 +1,13 @@
 """Tables under the stock transformers Trainer: one callback, `TableCallback()`.
 
 The Trainer saves tables by itself (they belong to `save_pretrained`) but brings back only the backbone: on resume and
-when it reloads the best model. The callback also saves the row state, and then brings back both. Without it the first
-forward after such a reload raises, because the backbone's generation is not the table's.
+when it reloads the best model. The callback has the row state saved with them, and then brings back both. Without it
+the first forward after such a reload raises, because the backbone's generation is not the table's.
 
     OUTPUT_DIR/checkpoint-200/           rows and row state; with placement="file" a pointer of a line a table
                tables/                   with placement="file": the base, written once, and the log of changed rows
 
-With "file" (`filetables.py`) pointers are written by `save_pretrained`, before the Trainer removes older checkpoints;
+All of that is written by `save_pretrained`, before the Trainer removes older checkpoints; with "file" (`filetables.py`)
 what those alone pointed to is collected afterwards. A crash in between leaves more than is needed, never less.
 """
 
@@ -53,11 +53,8 @@ class TableCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        found, run = _model(model), Path(str(args.output_dir))
         if self._from_files:
-            filetables.collect(found, run, FOLDERS)
-        elif state.is_world_process_zero:
-            found.save_row_state(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            filetables.collect(_model(model), Path(str(args.output_dir)), FOLDERS)
 
     def on_train_begin(  # type: ignore[override]
         self,
@@ -73,6 +70,7 @@ class TableCallback(TrainerCallback):
                 "the stock Trainer saves on one process, and all must save sharded tables: use `byrote train`, "
                 "or placement='host'"
             )
+        filetables.mark_checkpoints(found, run, FOLDERS)
         if not any(memory.anchor.requires_grad for memory in _memories(found)):
             return  # the tables do not move
         self._from_files = self.placement == "file"
@@ -102,7 +100,7 @@ class TableCallback(TrainerCallback):
             self._bring_back(found, [Path(state.best_model_checkpoint)])
         if self._from_files:
             filetables.resume(found, run, FOLDERS)  # the Trainer may have removed the last checkpoint too
-            filetables.unlock(found)
+        filetables.unlock(found)
 
     def _bring_back(self, model: MemoryPreTrainedModel, folders: list[Path]) -> None:
         """Load tables and row state of the folder whose generation is the backbone's."""

@@ -48,7 +48,7 @@ def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
             os.fsync(file.fileno())
         base = open_base(path)
         memory.table = LoggedTable.create(base, folder / f"layer-{layer}", rule.fields(base.width), f"../{path.name}")
-    _point(model, run, checkpoints)
+    mark_checkpoints(model, run, checkpoints)
 
 
 def resume(model: Any, run: Path, checkpoints: str) -> None:
@@ -56,7 +56,7 @@ def resume(model: Any, run: Path, checkpoints: str) -> None:
     refuse_processes()
     for table in logged_tables(model).values():
         table.log.lock()
-    _point(model, run, checkpoints)
+    mark_checkpoints(model, run, checkpoints)
     collect(model, run, checkpoints)
 
 
@@ -72,7 +72,7 @@ def unlock(model: Any) -> None:
     for table in logged_tables(model).values():
         table.log.unlock()
     if getattr(model, "memory_stack", None) is not None:
-        model.memory_stack.holds_pointers = nowhere
+        model.memory_stack.is_checkpoint = nowhere
 
 
 @contextlib.contextmanager
@@ -84,11 +84,12 @@ def released(model: Any) -> Iterator[None]:
         unlock(model)
 
 
-def _point(model: Any, run: Path, checkpoints: str) -> None:
+def mark_checkpoints(model: Any, run: Path, checkpoints: str) -> None:
+    """Tell the model in which folders it is saved as a checkpoint of this run."""
     if getattr(model, "memory_stack", None) is None:
         return
     where = (run / checkpoints).absolute()
-    model.memory_stack.holds_pointers = lambda folder: (
+    model.memory_stack.is_checkpoint = lambda folder: (
         folder.absolute().parent == where.parent and fnmatch.fnmatch(folder.name, where.name)
     )
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.train.callback import TableCallback
@@ -119,6 +120,31 @@ def test_resume_of_a_model_that_was_loaded_from_the_checkpoint(interrupted, tmp_
     resumed = EngramForCausalLM.from_pretrained(checkpoint)
     align(resumed)
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert_same(snapshot(resumed), snapshot(expected))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_is_whole_when_older_ones_are_removed(when, tmp_path, monkeypatch):
+    """A crash then loses nothing: rows and their state are there."""
+    expected = make()
+    trainer(expected, tmp_path / "whole").train()
+    rotate, step = rotate_checkpoints, f"checkpoint-{STEPS // 2}"
+
+    def crash(*args, **kwargs):
+        if (tmp_path / "cut" / step).exists():
+            if when == "after":
+                rotate(*args, **kwargs)
+            raise KeyboardInterrupt
+        rotate(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", crash)
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(make(), tmp_path / "cut", **saving).train()
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == (1 if when == "after" else 2)
+    resumed = make(seed=9)
+    trainer(resumed, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut" / step))
     assert_same(snapshot(resumed), snapshot(expected))
 
 
