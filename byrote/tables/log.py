@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import IO, Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from byrote.tables import disk, manifests
+from byrote.tables import disk, manifests, preads
 from byrote.tables.dirty import DirtyRows
 from byrote.tables.live import LiveRecords
 from byrote.tables.segment_reads import Damaged
@@ -151,6 +152,28 @@ class RowLog:
         with self._saying_what_is_lost():
             records[cold] = self._segments.reads.read(places, size)
         return found, records
+
+    @_alone
+    def resident(self, ids: np.ndarray) -> bool:
+        """Whether a sample of the records of ids [N] is in memory; reads of those that are not have begun."""
+        return self._segments.reads.resident(self._written(ids), self.record_bytes)
+
+    def warm(self, ids: np.ndarray) -> None:
+        """Bring the records of ids [N] into memory. Who reads or writes meanwhile does not wait for it."""
+        with self._busy:
+            borrowed = self._segments.reads.borrow(self._written(ids))
+        try:
+            for file, places in borrowed:
+                with contextlib.suppress(ValueError):  # a segment was cut: who reads the records says so
+                    preads.warm(file, places, self.record_bytes)
+        finally:
+            for file, _ in borrowed:
+                os.close(file)
+
+    def _written(self, ids: np.ndarray) -> np.ndarray:
+        """The places of those records that lie in segments and not in the buffer."""
+        places = self._live.places(ids[~self._dirty.holds(ids)])
+        return places[places >= 0]
 
     @_alone
     def write(self, ids: np.ndarray, records: np.ndarray) -> None:

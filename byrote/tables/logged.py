@@ -27,6 +27,7 @@ from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
 from byrote.tables.ram import FORMAT_VERSION, RamTable, chance, load_state_file
 from byrote.tables.record import Record
+from byrote.tables.rowsfile import sample
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
@@ -109,17 +110,24 @@ class LoggedTable:
         return values.view(*rows.shape, self.width).to(rows.device)
 
     def cold(self, rows: Tensor) -> bool:
-        """Of the base's rows: the log was written or read by this process not long ago."""
-        return hasattr(self.base, "cold") and self.base.cold(self._not_logged(rows))
-
-    def warm(self, rows: Tensor) -> None:
-        if hasattr(self.base, "warm"):
-            self.base.warm(self._not_logged(rows))
-
-    def _not_logged(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1)
         check_row_ids(flat, self.num_rows)
-        return flat[torch.from_numpy(~self.log.holds(flat.numpy()))]
+        logged, rest = self._split(sample(flat))
+        cold = hasattr(self.base, "cold") and self.base.cold(rest)
+        return not self.log.resident(logged) or cold  # both are asked, so that both begin to read
+
+    def warm(self, rows: Tensor) -> None:
+        flat = rows.reshape(-1)
+        check_row_ids(flat, self.num_rows)
+        logged, rest = self._split(flat)
+        if hasattr(self.base, "warm"):
+            self.base.warm(rest)
+        self.log.warm(logged)
+
+    def _split(self, rows: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Ids of the rows that are in the log, and of those that are not."""
+        held = self.log.holds(rows.numpy())
+        return rows.numpy()[held], rows[torch.from_numpy(~held)]
 
     @torch.no_grad()
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:

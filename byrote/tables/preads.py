@@ -26,6 +26,7 @@ from byrote.compiled import numba_is_there
 THREADS = 8  # a thread's reads are all under way at once
 LEAST = 16  # records for which a thread is worth its start: all reads of one thread are under way at once in any case
 RUN_BYTES = 1 << 20  # of neighbours in one read
+WARM_BYTES = 4 << 20  # of records that are read at a time and thrown away
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 
 
@@ -56,6 +57,15 @@ def resident(fd: int, places: np.ndarray, size: int) -> bool:
     misses = np.empty(len(places), np.int64)
     vector = np.array([scratch.ctypes.data, size], np.int64)
     return bool(_kernels().without_waiting(fd, places, size, 0, vector.ctypes.data, vector, misses, 0) == 0)
+
+
+def warm(fd: int, places: np.ndarray, size: int) -> None:
+    """Bring records of ascending places into memory."""
+    most = max(1, WARM_BYTES // size)
+    records = np.empty((min(most, len(places)), size), np.uint8)
+    for at in range(0, len(places), most):
+        some = places[at : at + most]
+        read([(fd, len(some))], some, records[: len(some)])
 
 
 def read_twin(fd: int, places: np.ndarray, out: np.ndarray) -> None:

@@ -19,6 +19,7 @@ dropped, between that question and the copy of the same batch; cut no file that 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import warnings
@@ -35,7 +36,6 @@ from byrote.tables.headers import Place, find_tensor
 from byrote.tables.table import check_row_ids
 
 SAMPLE = 32  # records
-WARM_BYTES = 4 << 20  # of records that are read at a time and thrown away
 
 
 class RowsFile:
@@ -126,22 +126,21 @@ class _Part:
             return self._mapping(), ids.contiguous()
         unique, inverse = np.unique(ids.numpy(), return_inverse=True)
         records = np.empty((len(unique), self.row_bytes), np.uint8)
-        self._read(unique, records)
+        with self._saying_what_is_short():
+            preads.read([(self.file.fileno(), len(unique))], self._bytes(unique), records)
         return torch.from_numpy(records), torch.from_numpy(inverse)
 
     def resident(self, ids: Tensor) -> bool:
         return preads.resident(self.file.fileno(), self._bytes(ids.numpy()), self.row_bytes)
 
     def warm(self, ids: Tensor) -> None:
-        unique, most = np.unique(ids.numpy()), max(1, WARM_BYTES // self.row_bytes)
-        records = np.empty((min(most, len(unique)), self.row_bytes), np.uint8)
-        for at in range(0, len(unique), most):
-            some = unique[at : at + most]
-            self._read(some, records[: len(some)])
+        with self._saying_what_is_short():
+            preads.warm(self.file.fileno(), self._bytes(np.unique(ids.numpy())), self.row_bytes)
 
-    def _read(self, unique: np.ndarray, records: np.ndarray) -> None:
+    @contextlib.contextmanager
+    def _saying_what_is_short(self) -> Iterator[None]:
         try:
-            preads.read([(self.file.fileno(), len(unique))], self._bytes(unique), records)
+            yield
         except ValueError:
             self._check_size()
             raise

@@ -59,8 +59,7 @@ class SegmentReads:
             found = os.fstat(self.files[segment]).st_size
             if found < self.lengths[segment]:
                 raise Damaged(f"segment {segment} ends at byte {found}, before byte {self.lengths[segment]}")
-        sample = np.sort(places[:: -(-len(places) // SAMPLE)])
-        if all(preads.resident(file, at & OFFSETS, size) for file, at in self._by_file(sample)):
+        if self.resident(places, size):
             gather.copy(self._addresses(places), torch.from_numpy(records))
             return records
         unique, inverse = np.unique(places, return_inverse=True)
@@ -69,8 +68,19 @@ class SegmentReads:
         gather.gather(torch.from_numpy(read), torch.from_numpy(inverse), torch.from_numpy(records))
         return records
 
+    def resident(self, places: np.ndarray, size: int) -> bool:
+        """Whether a sample of the records is in memory; reads of those that are not have begun."""
+        sample = np.sort(places[:: max(1, -(-len(places) // SAMPLE))])
+        return all([preads.resident(file, at & OFFSETS, size) for file, at in self._by_file(sample)])
+
+    def borrow(self, places: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(descriptor, ascending offsets) of unique places; the descriptors are the caller's, who closes them."""
+        return [(os.dup(file), at & OFFSETS) for file, at in self._by_file(np.unique(places))]
+
     def _by_file(self, places: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(descriptor, places in it) of ascending places."""
+        if not len(places):
+            return []
         segments, begins = np.unique(segment_of(places), return_index=True)
         parts = np.split(places, begins[1:])
         return [(self.files[segment], part) for segment, part in zip(segments.tolist(), parts, strict=True)]

@@ -1,9 +1,14 @@
 """A read that begins early gives what a read at the layer gives, whatever happens in between."""
 
 import gc
+import os
 import threading
 import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +18,7 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.memory import Memory, Sequence, prefetch
 from byrote.memory.prefetch import Times
 from byrote.memory.sequence import NO_POSITION
-from byrote.tables import RamTable, rowsfile
+from byrote.tables import RamTable, preads
 from byrote.tables.cache import CachedTable
 from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
@@ -199,9 +204,12 @@ def path(tmp_path):
 
 
 def tables_over(path, folder):
-    """A file, a log over it with a row, a cache over it with a row."""
+    """A file, a log over it with a row in its buffer and one in a segment, a cache over it with a row."""
     logged = LoggedTable.create(FileTable.open(path), folder / "log", {"moment": ()})
-    logged.write(torch.tensor([7]), torch.ones(1, WIDTH))
+    for row in (5, 7):
+        logged.write(torch.tensor([row]), torch.ones(1, WIDTH))
+        if row == 5:
+            logged.log.commit(1)
     cached = CachedTable(FileTable.open(path), 10_000)
     cached.read(torch.tensor([7]))
     return {"file": FileTable.open(path), "logged": logged, "cached": cached}
@@ -215,26 +223,59 @@ def test_tables_tell_whether_rows_are_cold(path, tmp_path, monkeypatch):
             assert table.cold(rows) is not resident
             assert (Memory(table).ticket(rows).reading is None) is resident
             assert table.cold(torch.tensor([7])) is (name == "file" and not resident)
+            assert table.cold(torch.tensor([5])) is not resident
             with pytest.raises(ValueError, match="leave the table"):
                 table.cold(torch.tensor([ROWS]))
 
 
 @pytest.mark.parametrize("most", [1, 10**6])
 def test_tables_warm_rows_and_change_nothing(path, tmp_path, monkeypatch, most):
-    monkeypatch.setattr("byrote.tables.rowsfile.WARM_BYTES", most)
-    read, original = [], rowsfile._Part._read
+    tables, read, original = tables_over(path, tmp_path), Counter(), preads.read
 
-    def noted(part, unique, records):
-        read.extend(unique.tolist())
-        return original(part, unique, records)
+    def noted(files, places, out):
+        [(file, number)] = files
+        read[Path(os.readlink(f"/dev/fd/{file}")).name] += number
+        original(files, places, out)
+        if number and out.shape[1] == 4 * WIDTH:
+            values.extend(out.view(np.float32)[:, 0].tolist())
 
-    monkeypatch.setattr(rowsfile._Part, "_read", noted)
-    for name, table in tables_over(path, tmp_path).items():
-        before = table.stats()
+    monkeypatch.setattr(preads, "WARM_BYTES", most)
+    monkeypatch.setattr(preads, "read", noted)
+    rows = RamTable.open(path, num_rows=ROWS, width=WIDTH, digest="").rows[:, 0]
+    for name, table in tables.items():
+        before, values = table.stats(), []
         read.clear()
-        table.warm(torch.tensor([[7, 30], [9, 30]]))
-        assert read == ([9, 30] if name != "file" else [7, 9, 30])
+        table.warm(torch.tensor([[7, 30], [5, 30], [9, 30]]))
+        wanted = {"file": [5, 7, 9, 30], "logged": [9, 30], "cached": [5, 9, 30]}[name]
+        assert values == rows[wanted].tolist()
+        assert read == Counter({"table": len(wanted)} | ({"000001.log": 1} if name == "logged" else {}))
         assert table.stats() == before
+
+
+def test_a_log_is_warmed_while_others_read_and_collect(path, tmp_path, monkeypatch):
+    """Nobody waits for the disk, and a segment that is removed meanwhile stays readable."""
+    table = LoggedTable.create(FileTable.open(path), tmp_path / "log", {"moment": ()}, segment_bytes=1)
+    table.write(torch.tensor([5]), torch.ones(1, WIDTH))
+    table.log.commit(1)
+    original = preads.warm
+
+    def slow(file, places, size):
+        def other():
+            table.write(torch.tensor([5]), torch.zeros(1, WIDTH))
+            table.log.commit(2)
+            table.log.collect([])
+            assert not (tmp_path / "log" / "000001.log").exists()
+            return table.read(torch.tensor([5]))
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(other).result(10)[0, 0] == 0
+        original(file, places, size)
+        opened.append(len(os.listdir("/dev/fd")))
+
+    monkeypatch.setattr(preads, "warm", slow)
+    opened = []
+    table.log.warm(np.array([5]))
+    assert opened == [len(os.listdir("/dev/fd")) + 1]
 
 
 def test_a_log_is_read_and_written_on_two_threads(path, tmp_path):
