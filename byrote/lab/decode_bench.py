@@ -32,7 +32,7 @@ from byrote.lab.ratios import Options, Row, compare
 from byrote.models.engram import EngramConfig, EngramForCausalLM
 from byrote.tables.cache import CachedTable
 from byrote.tables.file import FileTable
-from byrote.tables.ram import FORMAT_VERSION
+from byrote.tables.saved import FORMAT_VERSION
 
 PROMPTS, PROMPT, TOKENS = 4, 16, 200
 SIZE, QUICK_SIZE = 10_000_000, 100_000  # rows of a head; 1,024 bytes each over 8 heads and both tables

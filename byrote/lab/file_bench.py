@@ -29,7 +29,7 @@ import torch
 from byrote.lab.ratios import Options, Row, compare, interleaved
 from byrote.tables.file import FileTable
 from byrote.tables.headers import read_header
-from byrote.tables.ram import FORMAT_VERSION
+from byrote.tables.saved import FORMAT_VERSION
 
 WIDTH, IDS = 40, 1 << 16
 RECORD = 4 * WIDTH

@@ -26,6 +26,7 @@ The functions here are plain torch; `gather.py` reads records with compiled loop
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -205,3 +206,9 @@ def _largest(values: Tensor) -> Tensor:
 def _copy(part: Tensor) -> Tensor:
     """Bytes in a place of their own, so that they can be viewed as wider numbers."""
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def chance(digest: str, generation: int) -> torch.Generator:
+    """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
+    # One number of 32 bits: a CPU generator takes no more of its seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))

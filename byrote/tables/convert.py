@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byrote.tables.codecs import CODECS
-from byrote.tables.ram import FORMAT_VERSION, chance
+from byrote.tables.codecs import CODECS, chance
+from byrote.tables.saved import FORMAT_VERSION
 from byrote.tables.stream import stream
 from byrote.tables.table import Table
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from byrote.tables import gather
 from byrote.tables.codecs import CODECS
 from byrote.tables.headers import read_header
-from byrote.tables.ram import FORMAT_VERSION, check_wanted, table_header
 from byrote.tables.released import NUMBERS, Form
 from byrote.tables.rowsfile import RowsFile
+from byrote.tables.saved import check_wanted, header_of, table_header
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
@@ -152,11 +152,11 @@ class FileTable:
                 records = self._values.read(ids) if self.form is None else self._codec.encode(self.read(ids))
                 yield records.view(dtype)
 
-        stream(path, {"rows": (dtype, (self.num_rows, size // dtype.itemsize), pieces)}, self._header())
+        stream(path, {"rows": (dtype, (self.num_rows, size // dtype.itemsize), pieces)}, header_of(self))
 
     def save_state(self, path: Path) -> None:
         """Of no touched row."""
-        stream(path, {"rows": (torch.int64, (0,), lambda: iter(()))}, self._header())
+        stream(path, {"rows": (torch.int64, (0,), lambda: iter(()))}, header_of(self))
 
     def stats(self) -> dict[str, Any]:
         size = self._values.row_bytes + (0 if self._scales is None else self._scales.row_bytes)
@@ -169,10 +169,6 @@ class FileTable:
             "rows_touched": 0,
             "state_bytes": 0,
         }
-
-    def _header(self) -> dict[str, Any]:
-        names = ("digest", "generation", "num_rows", "width", "codec")
-        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
 
 
 def _empty(rows: int, width: int) -> Tensor:

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from byrote.tables import disk
+from byrote.tables.codecs import chance
 from byrote.tables.file import FileTable
 from byrote.tables.log import RowLog
-from byrote.tables.ram import FORMAT_VERSION, RamTable, chance, load_state_file
+from byrote.tables.ram import RamTable
 from byrote.tables.record import Record
 from byrote.tables.rowsfile import sample
+from byrote.tables.saved import FORMAT_VERSION, header_of, load_state_file
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
@@ -184,7 +186,7 @@ class LoggedTable:
 
         dtype = self.record.codec.dtype
         shape = (self.num_rows, (self.record.head - 1) // dtype.itemsize)
-        stream(path, {"rows": (dtype, shape, chunks)}, self._header())
+        stream(path, {"rows": (dtype, shape, chunks)}, header_of(self))
 
     def save_state(self, path: Path) -> None:
         touched = torch.from_numpy(self._with_state())
@@ -197,7 +199,7 @@ class LoggedTable:
         if len(touched):
             for name in sorted(self.fields):
                 arrays[name] = (torch.float32, (len(touched), *self.fields[name]), chunks(name))  # type: ignore[assignment]
-        stream(path, arrays, self._header())
+        stream(path, arrays, header_of(self))
 
     def load_state(self, path: Path) -> None:
         rows, arrays = load_state_file(path, self)
@@ -230,7 +232,3 @@ class LoggedTable:
     def _check_fields(self, fields: dict[str, tuple[int, ...]]) -> None:
         if fields != self.fields:
             raise ValueError(f"the table keeps rule state {self.fields}, the rule asks for {fields}")
-
-    def _header(self) -> dict[str, Any]:
-        names = ("digest", "generation", "num_rows", "width", "codec")
-        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}

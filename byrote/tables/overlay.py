@@ -26,10 +26,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from byrote.tables.codecs import CODECS
+from byrote.tables.codecs import CODECS, chance
 from byrote.tables.logged import CHUNK_BYTES
-from byrote.tables.ram import FORMAT_VERSION, HEADER, chance, load_state_file
-from byrote.tables.sparse import SparseRows, grown, whole
+from byrote.tables.saved import header_of, load_state_file, whole
+from byrote.tables.sparse import SparseRows, grown
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 
@@ -125,13 +125,13 @@ class OverlayTable:
                 yield codec.encode(values, chance(self.digest, self.generation)).view(codec.dtype)
 
         shape = (self.num_rows, codec.record_bytes(self.width) // codec.dtype.itemsize)
-        stream(path, {"rows": (codec.dtype, shape, chunks)}, self._header())
+        stream(path, {"rows": (codec.dtype, shape, chunks)}, header_of(self))
 
     def save_state(self, path: Path) -> None:
         rows = self._rows_with_state()
         fields = {name: tuple(array.shape[1:]) for name, array in self._state.items()}
         state = self.read_state(rows, fields) if len(rows) else {}
-        stream(path, {"rows": whole(rows), **{name: whole(state[name]) for name in sorted(state)}}, self._header())
+        stream(path, {"rows": whole(rows), **{name: whole(state[name]) for name in sorted(state)}}, header_of(self))
 
     def load_state(self, path: Path) -> None:
         self._check_writable()
@@ -166,6 +166,3 @@ class OverlayTable:
         present = {name: tuple(array.shape[1:]) for name, array in self._state.items()}
         if present and present != {name: tuple(shape) for name, shape in fields.items()}:
             raise ValueError(f"the table keeps rule state {sorted(present)}, the rule asks for {sorted(fields)}")
-
-    def _header(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}

@@ -3,37 +3,26 @@
 A record is a row as the codec stores it (`byrote.tables.codecs`): `rows` is [R, W] for fp32 and bf16, and bytes [R, B]
 for the packed codecs. Reading decodes, writing encodes.
 
-Rule state lies in `byrote.tables.touched`. Saved files are plain safetensors, readable by anything:
-
-- rows:  tensor `rows` [R, W] or [R, B]
-- state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
-- both:  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
+Rule state lies in `byrote.tables.touched`; saved files are those of `byrote.tables.saved`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from byrote.tables import gather, pages
-from byrote.tables.checksums import discard
-from byrote.tables.codecs import CODECS
+from byrote.tables.codecs import CODECS, chance
 from byrote.tables.rules import InPlaceRule
+from byrote.tables.saved import check_wanted, header_of, load, load_state_file, whole
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 from byrote.tables.touched import CPU, TouchedState
 
-FORMAT_VERSION = 1
-HEADER = ("digest", "generation", "num_rows", "width", "codec")
 DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
 
@@ -174,12 +163,13 @@ class RamTable:
         """As it is drawn, if it was not needed before: a table that is larger than RAM can be written."""
         dtype = self._codec.dtype
         shape = (self.num_rows, self._codec.record_bytes(self.width) // dtype.itemsize)
-        stream(path, {"rows": (dtype, shape, self.pieces)}, self._header())
+        stream(path, {"rows": (dtype, shape, self.pieces)}, header_of(self))
 
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
         touched = self.touched()
-        _save({"rows": touched, **self._state.read(touched, self.fields)}, path, self._header())
+        state = self._state.read(touched, self.fields)
+        stream(path, {"rows": whole(touched), **{name: whole(state[name]) for name in sorted(state)}}, header_of(self))
 
     def load_state(self, path: Path) -> None:
         self.replace_state(*load_state_file(path, self))
@@ -202,7 +192,7 @@ class RamTable:
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> RamTable:
         """The table in `path`. ValueError where the file is truncated or is not the table that is asked for."""
-        header, arrays = _load(path)
+        header, arrays = load(path)
         check_wanted(path, header, {"digest": digest, "num_rows": num_rows, "width": width})
         table = cls(num_rows, width, digest=digest, codec=header["codec"])
         rows, dtype = arrays.get("rows"), table._codec.dtype
@@ -212,71 +202,3 @@ class RamTable:
             raise ValueError(f"{path}: tensor 'rows' must be {dtype} {shape} as its header says, got {found}")
         table._rows, table.generation = rows, int(header["generation"])
         return table
-
-    def _header(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
-
-
-def chance(digest: str, generation: int) -> torch.Generator:
-    """Of stochastic rounding: it follows from the table and its generation, so that a resumed run repeats it."""
-    # One number of 32 bits: a CPU generator takes no more of its seed.
-    return torch.Generator().manual_seed(zlib.crc32(f"{digest} {generation}".encode()))
-
-
-def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
-    """Row ids and rule state that `save_state` wrote of `table`; ValueError where they belong to other rows."""
-    header, arrays = _load(path)
-    for field in ("digest", "num_rows", "width", "generation"):
-        if header[field] != getattr(table, field):
-            raise ValueError(
-                f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
-                "take rows and row state from one checkpoint"
-            )
-    rows = arrays.pop("rows", torch.zeros(1))
-    check_row_ids(rows, table.num_rows)
-    if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
-        raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
-    return rows, arrays
-
-
-def _save(arrays: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: array.cpu().contiguous() for name, array in arrays.items()}, temporary, {"byrote": json.dumps(header)}
-    )
-    discard(path)
-    os.replace(temporary, path)
-
-
-def table_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """The header of a table of ours, from the metadata of its file."""
-    header = json.loads(metadata.get("byrote", "{}"))
-    if header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version")
-        raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
-    if missing := [name for name in HEADER if name not in header]:
-        raise ValueError(f"{path}: the header lacks {missing}; write tables with save_pretrained or Table.save")
-    if header["codec"] not in CODECS:
-        raise ValueError(f"{path}: codec {header['codec']!r}, this byrote reads {sorted(CODECS)}")
-    return header
-
-
-def check_wanted(path: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError where the header is not of the table that is wanted."""
-    for field, expected in wanted.items():
-        if header[field] != expected:
-            raise ValueError(
-                f"{path}: {field} is {header[field]}, the model needs {expected}; "
-                "the table was made for another address spec or config"
-            )
-
-
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such table file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = table_header(path, file.metadata() or {})
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or not a table ({error})") from error

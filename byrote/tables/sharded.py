@@ -31,8 +31,9 @@ from torch import Tensor
 
 from byrote.tables.codecs import CODECS, check_finite
 from byrote.tables.logged import CHUNK_BYTES
-from byrote.tables.ram import FORMAT_VERSION, HEADER, RamTable, load_state_file
+from byrote.tables.ram import RamTable
 from byrote.tables.ranks import Ranks
+from byrote.tables.saved import header_of, load_state_file
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 
@@ -176,9 +177,8 @@ class ShardedTable:
         return ""
 
     def _write_file(self, path: Path, arrays: dict[str, Any]) -> None:
-        header = {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
         if self.ranks.rank == 0:
-            stream(path, arrays, header)
+            stream(path, arrays, header_of(self))
         else:
             for _, _, chunks in arrays.values():
                 for _ in chunks():

@@ -9,16 +9,15 @@ The file is an ordinary safetensors file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from byrote.tables import gather
-from byrote.tables.codecs import CODECS
-from byrote.tables.ram import FORMAT_VERSION, HEADER, _load, chance
+from byrote.tables.codecs import CODECS, chance
 from byrote.tables.rowmap import RowMap
+from byrote.tables.saved import header_of, load, whole
 from byrote.tables.stream import stream
 from byrote.tables.table import check_row_ids
 
@@ -69,13 +68,12 @@ class SparseRows:
         ids = self.ids()
         records = self._records.index_select(0, self.find(ids))
         values = records.view(self._codec.dtype) if len(ids) else records.new_empty(0, self._stored, dtype=self._dtype)
-        header = {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in HEADER}}
-        stream(path, {"rows": whole(ids), "values": whole(values)}, header)
+        stream(path, {"rows": whole(ids), "values": whole(values)}, header_of(self))
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str) -> SparseRows:
         """The rows in `path`. ValueError where the file is damaged or belongs to another table."""
-        header, arrays = _load(path)
+        header, arrays = load(path)
         for field, expected in (("digest", digest), ("num_rows", num_rows), ("width", width)):
             if header[field] != expected:
                 raise ValueError(
@@ -123,10 +121,6 @@ class SparseRows:
     @property
     def _stored(self) -> int:
         return self._codec.record_bytes(self.width) // self._dtype.itemsize
-
-
-def whole(tensor: Tensor) -> tuple[torch.dtype, torch.Size, Callable[[], Iterator[Tensor]]]:
-    return tensor.dtype, tensor.shape, lambda: iter([tensor])
 
 
 def grown(array: Tensor, needed: int) -> Tensor:

@@ -25,6 +25,7 @@ from byrote.tables.logged import LoggedTable
 from byrote.tables.overlay import OverlayTable
 from byrote.tables.pinned import PinnedTable
 from byrote.tables.ranks import Ranks
+from byrote.tables.saved import header_of
 from byrote.tables.sharded import ShardedTable
 from byrote.tables.sparse import SparseRows
 from byrote.tables.stream import stream
@@ -103,7 +104,7 @@ def saved(num_rows: int, width: int, *, codec: str, **kwargs) -> FileTable:
         drawn.save(path)
     else:
         dtype = CODECS[codec].dtype
-        header = drawn._header() | {"num_rows": num_rows}
+        header = header_of(drawn) | {"num_rows": num_rows}
         stream(path, {"rows": (dtype, (0, size // dtype.itemsize), lambda: iter([]))}, header)
         text = path.read_bytes()[8:].replace(b"[0,0]", b"[0,%d]" % (num_rows * size))
         text = text.replace(b'"shape":[0,', b'"shape":[%d,' % num_rows)
