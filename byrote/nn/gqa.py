@@ -105,7 +105,10 @@ def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         scores = scores + mask
     elif mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    shares = scores.softmax(dim=-1).nan_to_num(0.0).to(rows.dtype)
+    shares = scores.softmax(dim=-1)
+    if mask is not None and not mask.is_floating_point():
+        shares = shares.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    shares = shares.to(rows.dtype)
     out = torch.matmul(shares.view(batch, groups, -1, shares.shape[-1]), value.to(rows.dtype))
     return out.view(batch, heads, tokens, dim)
 

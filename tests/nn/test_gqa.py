@@ -96,6 +96,15 @@ def test_few_queries_equal_torchs_attention(masks):
         assert not results[0][0][1, :, 2].any()
 
 
+def test_what_is_not_finite_stays_in_its_query():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, steps, DIM) for heads, steps in ((HEADS, 2), (GROUPS, 4), (GROUPS, 4)))
+    query[0, :, 1, 2] = float("nan")
+    for mask in (None, torch.ones(1, 1, 2, 4, dtype=torch.bool)):
+        y = attend_few(query, key, value, mask)
+        assert y[:, :, 0].isfinite().all() and y[:, :, 1].isnan().all()
+
+
 def test_causal():
     layer = build()
     x = torch.randn(1, 8, HIDDEN)
