@@ -150,7 +150,8 @@ class Engram(nn.Module):
         keys, value = (layer(embeddings).float().contiguous() for layer in (self.key, self.value))
         inputs = streams.contiguous().view(rows, n, d), keys.view(rows, n, d), value.view(rows, d)
         weights = self.query_gain, self.key_gain, self.conv_gain, self.conv_weight, self.dilation
-        places = tail.contiguous(), *(mask.flatten().contiguous() for mask in (alive, starts))
+        tail = tail.reshape(rows, self.tail_length, n * d).contiguous()
+        places = tail, *(mask.reshape(rows).contiguous() for mask in (alive, starts))
         options = self.gate.zero_gate_rule == "copysign", self.gate.eps, self.conv_eps
         addend, columns = streams.new_empty(rows, n, d), streams.new_empty(rows, n * d)
         run(kernels("fuse").step, *inputs, *weights, *places, *options, addend, columns)

@@ -220,6 +220,18 @@ def test_a_step_of_decoding_as_one_loop(options):
     torch.testing.assert_close(learned, plain[0], atol=2e-6, rtol=1e-6, equal_nan=True)
 
 
+def test_a_step_with_other_shapes_is_refused():
+    layer, alive = make().eval(), torch.ones(2, 1, dtype=torch.bool)
+    streams, embeddings = torch.randn(2, 1, STREAMS, D), torch.randn(2, 1, MEMORY)
+    tail = torch.zeros(2, layer.tail_length, STREAMS * D)
+    with torch.no_grad():
+        for bad in (tail[:, 1:], tail[:1], tail[..., 1:]):
+            with pytest.raises(RuntimeError, match=r"shape|size"):
+                layer(streams, embeddings, alive, ~alive, bad)
+        with pytest.raises(RuntimeError, match=r"shape|size"):
+            layer(streams, embeddings, alive[:1], ~alive, tail)
+
+
 def test_a_step_calls_what_somebody_waits_for():
     layer, seen = make().eval(), []
     alive = torch.ones(1, 1, dtype=torch.bool)
