@@ -66,10 +66,10 @@ def weights(state):
 
 
 @pytest.fixture(scope="module")
-def states() -> dict:
+def states(tmp_path_factory) -> dict:
     """By step, the states of an uninterrupted run in RAM."""
     recorder = Recorder()
-    trained = trainer(make(), "unused")
+    trained = trainer(make(), tmp_path_factory.mktemp("whole"))
     trained.add_callback(recorder)
     trained.train()
     return recorder.states
