@@ -27,8 +27,8 @@ check: .venv/.installed-dev
 	$(PYTEST)
 
 # With the interpreter's own packages, PYTHON=python3, since a GPU machine may not be able to install any. First the
-# exactness suite and the kernels, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of concepts against a plain
-# model, at the size of one GPU.
+# exactness suite and the kernels, then the benchmarks in bfloat16, then three seeds of MoE against Engram, and of
+# concepts against a plain model, at the size of one GPU.
 # A dry run on a CPU: make gpu DEVICE=cpu QUICK=1
 DEVICE ?= cuda
 OUT ?= runs/gpu

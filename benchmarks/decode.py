@@ -23,15 +23,15 @@ from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
 
 
 class Decode:
-    """`tokens` forwards of one token each, behind `context` tokens; every call starts from the same cache."""
+    """`tokens` forwards of one token a row, behind `context` tokens; every call starts from the same cache."""
 
-    def __init__(self, model: Any, context: int, tokens: int, device: str) -> None:
+    def __init__(self, model: Any, context: int, tokens: int, device: str, rows: int = 1) -> None:
         self.model, self.tokens = model, tokens
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(3, model.config.vocab_size, (1, context + tokens), generator=generator).to(device)
+        self.ids = torch.randint(3, model.config.vocab_size, (rows, context + tokens), generator=generator).to(device)
         self.cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=self.ids[:, :context], past_key_values=self.cache)
+            model(input_ids=self.ids[:, :context], past_key_values=self.cache, logits_to_keep=1)
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:

@@ -12,16 +12,15 @@ throughput for a table of 100 B beside models of 4 B and 8 B.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from decode import Decode
 from measure import Line, Times, faster, median, parser, report, take_turns
 from torch import Tensor
-from transformers import DynamicCache
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import RamTable
@@ -47,35 +46,15 @@ class RepeatedPinned(Repeated, PinnedTable):
     pass
 
 
-class Decode:
-    """`tokens` forwards of one token a row, behind `context` tokens; every call starts from the same cache."""
-
-    def __init__(self, model: Any, rows: int, context: int, tokens: int) -> None:
-        self.model, self.ids, self.context = model, random_ids(model, rows, context + tokens), context
-        self.cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(input_ids=self.ids[:, :context], past_key_values=self.cache, logits_to_keep=1)
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        cache = copy.deepcopy(self.cache)
-        for at in range(self.context, self.ids.shape[1]):
-            self.model(input_ids=self.ids[:, at : at + 1], past_key_values=cache)
-
-
 def prefill(model: Any, rows: int, tokens: int) -> Callable[[], Any]:
-    ids = random_ids(model, rows, tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator).to(model.device)
 
     @torch.no_grad()
     def run() -> Any:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     return run
-
-
-def random_ids(model: Any, rows: int, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, model.config.vocab_size, (rows, tokens), generator=generator).to(model.device)
 
 
 def main() -> None:
@@ -113,13 +92,13 @@ def measure(options: argparse.Namespace) -> list[Line]:
         )
         cases[f"decode, {number} rows"] = (
             number * tokens,
-            lambda model, number=number: Decode(model, number, context, tokens),
+            lambda model, number=number: Decode(model, context, tokens, options.device, number),
         )
     for what, (count, make) in cases.items():
         times = take_turns({name: make(model) for name, model in models.items()}, options.turns)
         lines.append(line(what, count, times, None if options.quick else GOAL))
     if options.profile:
-        profile(Decode(models["table"], rows[-1], context, tokens), options.device)
+        profile(Decode(models["table"], context, tokens, options.device, rows[-1]), options.device)
     return lines
 
 

@@ -36,8 +36,7 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = None) -> Array:
     """Compressed ids. A dead position's raw id does not matter; any other must be in the vocabulary."""
-    fitting = alive is None or (alive.dtype == torch.bool and alive.shape == input_ids.shape)
-    if fitting and _compilable(input_ids):
+    if _compilable(input_ids) and (alive is None or (alive.dtype == torch.bool and alive.shape == input_ids.shape)):
         return _compiled_canonical_ids(vocabulary, input_ids, alive)
     check_known(input_ids, len(vocabulary), alive)
     xp = _namespace(input_ids)

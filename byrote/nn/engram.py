@@ -149,7 +149,7 @@ class Engram(nn.Module):
         rows, (n, d) = len(streams), self.query_gain.shape
         keys, value = (layer(embeddings).float().contiguous() for layer in (self.key, self.value))
         inputs = streams.contiguous().view(rows, n, d), keys.view(rows, n, d), value.view(rows, d)
-        weights = self.query_gain, self.key_gain, self.conv_gain, self.conv_weight, self.dilation
+        weights = self.query_gain * self.key_gain, self.conv_gain, self.conv_weight, self.dilation
         tail = tail.reshape(rows, self.tail_length, n * d).contiguous()
         places = tail, *(mask.reshape(rows).contiguous() for mask in (alive, starts))
         options = self.gate.zero_gate_rule == "copysign", self.gate.eps, self.conv_eps

@@ -32,10 +32,8 @@ class DeviceTable(RamTable):
     def of(cls, table: RamTable, device: torch.device | str) -> DeviceTable:
         """The rows of a table in RAM and their state, which are drawn there if they were not before."""
         made = cls(table.num_rows, table.width, device=device, digest=table.digest, codec=table.codec)
-        made.generation = table.generation
         made._rows = table.rows.to(made.device)
-        touched = table.touched()
-        made.replace_state(touched, table.read_state(touched, table.fields))
+        made._take_state(table)
         return made
 
     @classmethod

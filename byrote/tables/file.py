@@ -22,7 +22,7 @@ from byrote.tables.codecs import CODECS
 from byrote.tables.headers import read_header
 from byrote.tables.released import NUMBERS, Form
 from byrote.tables.rowsfile import RowsFile
-from byrote.tables.saved import check_wanted, header_of, table_header
+from byrote.tables.saved import check_wanted, header_of, save_state_file, table_header
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
@@ -156,7 +156,7 @@ class FileTable:
 
     def save_state(self, path: Path) -> None:
         """Of no touched row."""
-        stream(path, {"rows": (torch.int64, (0,), lambda: iter(()))}, header_of(self))
+        save_state_file(path, self, torch.zeros(0, dtype=torch.int64), {})
 
     def stats(self) -> dict[str, Any]:
         size = self._values.row_bytes + (0 if self._scales is None else self._scales.row_bytes)

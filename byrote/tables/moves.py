@@ -188,8 +188,9 @@ def _sum(lanes):
     def run(typingctx, destination, source, size, order, count):
         def generate(context, builder, signature, arguments):
             destination, source, size, order, count = arguments
-            total = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes))
-            builder.store(ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes), total)
+            zero = ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes)
+            total = cgutils.alloca_once_value(builder, zero)
+            builder.store(zero, total)  # at each call: what `once` has stored is of the first
             with cgutils.for_range(builder, count) as loop:
                 row = builder.load(
                     builder.inttoptr(builder.add(order, builder.mul(loop.index, I64(8))), I64.as_pointer())

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
 from byrote.tables.logged import CHUNK_BYTES
-from byrote.tables.saved import header_of, load_state_file, whole
+from byrote.tables.saved import header_of, load_state_file, save_state_file
 from byrote.tables.sparse import SparseRows, grown
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, Table, check_row_ids
@@ -131,7 +131,7 @@ class OverlayTable:
         rows = self._rows_with_state()
         fields = {name: tuple(array.shape[1:]) for name, array in self._state.items()}
         state = self.read_state(rows, fields) if len(rows) else {}
-        stream(path, {"rows": whole(rows), **{name: whole(state[name]) for name in sorted(state)}}, header_of(self))
+        save_state_file(path, self, rows, state)
 
     def load_state(self, path: Path) -> None:
         self._check_writable()

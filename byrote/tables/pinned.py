@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byrote.tables import pages
 from byrote.tables.ram import RamTable
 
 
@@ -34,13 +33,9 @@ class PinnedTable(RamTable):
         about = {"digest": table.digest, "codec": table.codec, "std": table._std, "seed": table._seed}
         made = cls(table.num_rows, table.width, **about)
         if table.drawn:
-            rows = torch.empty(table.rows.shape, dtype=table.rows.dtype, device="cpu")
-            pages.ask_for_huge_pages(rows)
-            made._rows = rows.copy_(table.rows)
+            made._rows = made._filled(table.pieces())
             made._lock()
-        made.generation = table.generation
-        touched = table.touched()
-        made.replace_state(touched, table.read_state(touched, table.fields))
+        made._take_state(table)
         return made
 
     @classmethod

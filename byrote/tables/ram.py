@@ -18,7 +18,7 @@ from torch import Tensor
 from byrote.tables import gather, pages
 from byrote.tables.codecs import CODECS, chance
 from byrote.tables.rules import InPlaceRule
-from byrote.tables.saved import check_wanted, header_of, load, load_state_file, whole
+from byrote.tables.saved import check_wanted, header_of, load, load_state_file, save_state_file
 from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 from byrote.tables.touched import CPU, TouchedState
@@ -61,16 +61,21 @@ class RamTable:
     def rows(self) -> Tensor:
         """All rows as they are stored, [R, W] or [R, B]; drawn on first use."""
         if self._rows is None:
-            dtype = self._codec.dtype
-            stored = self._codec.record_bytes(self.width) // dtype.itemsize
-            rows = torch.empty(self.num_rows, stored, dtype=dtype, device="cpu")
-            pages.ask_for_huge_pages(rows)
-            at = 0
-            for piece in self.pieces():
-                rows[at : at + len(piece)] = piece
-                at += len(piece)
-            self._rows = rows
+            self._rows = self._filled(self.pieces())
         return self._rows
+
+    def _filled(self, pieces: Iterator[Tensor]) -> Tensor:
+        """Host memory with all rows."""
+        dtype = self._codec.dtype
+        rows = torch.empty(
+            self.num_rows, self._codec.record_bytes(self.width) // dtype.itemsize, dtype=dtype, device="cpu"
+        )
+        pages.ask_for_huge_pages(rows)
+        at = 0
+        for piece in pieces:
+            rows[at : at + len(piece)] = piece
+            at += len(piece)
+        return rows
 
     @property
     def drawn(self) -> bool:
@@ -168,8 +173,7 @@ class RamTable:
     def save_state(self, path: Path) -> None:
         """Rule state of the touched rows, by ascending row id: equal training gives equal bytes."""
         touched = self.touched()
-        state = self._state.read(touched, self.fields)
-        stream(path, {"rows": whole(touched), **{name: whole(state[name]) for name in sorted(state)}}, header_of(self))
+        save_state_file(path, self, touched, self._state.read(touched, self.fields))
 
     def load_state(self, path: Path) -> None:
         self.replace_state(*load_state_file(path, self))
@@ -179,6 +183,11 @@ class RamTable:
         self._state = TouchedState(self.num_rows, self.device)
         if rows.numel():
             self._state.write(rows.to(self.device), state)
+
+    def _take_state(self, table: RamTable) -> None:
+        """The generation, and the rule state, of a table with the same rows."""
+        self.generation, touched = table.generation, table.touched()
+        self.replace_state(touched, table.read_state(touched, table.fields))
 
     def touched(self) -> Tensor:
         """Ids of the rows with rule state [U], ascending."""

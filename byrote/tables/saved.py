@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS
+from byrote.tables.stream import stream
 from byrote.tables.table import RowState, check_row_ids
 
 FORMAT_VERSION = 1
@@ -27,6 +28,11 @@ HEADER = ("digest", "generation", "num_rows", "width", "codec")
 
 def header_of(table: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **{name: getattr(table, name) for name in HEADER}}
+
+
+def save_state_file(path: Path, table: Any, rows: Tensor, state: RowState) -> None:
+    """Row ids [U] and their rule state, whole in memory."""
+    stream(path, {"rows": whole(rows), **{name: whole(state[name]) for name in sorted(state)}}, header_of(table))
 
 
 def whole(tensor: Tensor) -> tuple[torch.dtype, torch.Size, Callable[[], Iterator[Tensor]]]:

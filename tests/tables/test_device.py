@@ -10,6 +10,7 @@ from byrote.tables.device import DeviceTable
 from byrote.tables.file import FileTable
 from byrote.tables.rules import update_rows
 from byrote.train.optimizer import Optimizer
+from tests.tables.alike import assert_same_files, update_alike
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 RULES = [LazyAdam(), LazyAdam(max_norm=0.5), RowAdagrad(), SinkhornMomentum()]
@@ -24,19 +25,9 @@ def test_updates_are_those_of_ram_to_the_bit(rule, codec, compiled, monkeypatch,
         monkeypatch.setattr(rules, "numba_is_there", lambda: False)
     kwargs = {"digest": "", "std": 1.0, "seed": 3, "codec": codec}
     tables = [RamTable(300, 37, **kwargs), DeviceTable(300, 37, device="cpu", **kwargs)]
-    generator = torch.Generator().manual_seed(0)
-    for number in range(4):
-        rows = torch.randperm(300, generator=generator)[: 60 + number]
-        gradient = torch.randn(len(rows), 37, generator=generator)
-        for table in tables:
-            update_rows(table, rule, rows, gradient, 0.1)
-            table.commit()
+    update_alike(tables, rule, 4)
     tables.append(DeviceTable.of(tables[0], "cpu"))
-    for i, table in enumerate(tables):
-        table.save(tmp_path / f"rows-{i}")
-        table.save_state(tmp_path / f"state-{i}")
-    for kind in ("rows", "state"):
-        assert len({(tmp_path / f"{kind}-{i}").read_bytes() for i in range(3)}) == 1
+    assert_same_files(tables, tmp_path)
 
 
 def test_a_device_that_is_not_the_cpu_takes_the_plain_rule(monkeypatch):
@@ -105,12 +96,9 @@ class TestOnAGpu:
         kwargs = {"digest": "", "std": 1.0, "seed": 3, "codec": codec}
         tables = [RamTable(300, 37, **kwargs), DeviceTable(300, 37, device=device.accelerator(), **kwargs)]
         rows, values = torch.randperm(300)[:50], torch.randn(50, 37)
-        for i, table in enumerate(tables):
+        for table in tables:
             table.write(rows, values, {"moment": values})
-            table.save(tmp_path / f"rows-{i}")
-            table.save_state(tmp_path / f"state-{i}")
-        for kind in ("rows", "state"):
-            assert len({(tmp_path / f"{kind}-{i}").read_bytes() for i in range(2)}) == 1
+        assert_same_files(tables, tmp_path)
         there = torch.arange(300, device="cuda").view(3, 100)
         assert torch.equal(tables[1].read(there).cpu(), tables[0].read(there.cpu()))
 

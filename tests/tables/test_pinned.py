@@ -13,8 +13,8 @@ from byrote.tables import LazyAdam, RamTable
 from byrote.tables.codecs import CODECS
 from byrote.tables.device import DeviceTable
 from byrote.tables.pinned import PinnedTable
-from byrote.tables.rules import update_rows
 from byrote.train.optimizer import Optimizer
+from tests.tables.alike import assert_same_files, update_alike
 
 GPU = torch.cuda.is_available()
 ABOUT = {"digest": "", "std": 1.0, "seed": 3}
@@ -47,20 +47,10 @@ def runtime(monkeypatch):
 def test_updates_and_files_are_those_of_ram(codec, runtime, tmp_path):
     tables = [RamTable(300, 37, codec=codec, **ABOUT), PinnedTable(300, 37, codec=codec, **ABOUT)]
     tables.append(PinnedTable.of(RamTable(300, 37, codec=codec, **ABOUT)))
-    generator = torch.Generator().manual_seed(0)
-    for number in range(3):
-        rows = torch.randperm(300, generator=generator)[: 60 + number]
-        gradient = torch.randn(len(rows), 37, generator=generator)
-        for table in tables:
-            update_rows(table, LazyAdam(), rows, gradient, 0.1)
-            table.commit()
+    update_alike(tables, LazyAdam(), 3)
     tables.append(PinnedTable.of(tables[0]))
     assert tables[0].rows.data_ptr() != tables[3].rows.data_ptr()  # a file's rows may be mapped
-    for i, table in enumerate(tables):
-        table.save(tmp_path / f"rows-{i}")
-        table.save_state(tmp_path / f"state-{i}")
-    for kind in ("rows", "state"):
-        assert len({(tmp_path / f"{kind}-{i}").read_bytes() for i in range(4)}) == 1
+    assert_same_files(tables, tmp_path)
 
 
 def test_memory_is_locked_once_and_given_back_with_the_table(runtime):

@@ -11,23 +11,28 @@ def _compiled(*arrays):
     return numba.njit(f"void(int64, int64, {', '.join(arrays)})", **OPTIONS)
 
 
+@numba.njit(**OPTIONS)
+def _logit(stream, key, gain, eps):
+    """(s, 1 / RMS of the stream, 1 / RMS of the key)"""
+    # A gate's root has a slope of up to 500 where s is near 0, which is where s is a small sum of large
+    # terms: in float64 it is as exact as it can be.
+    d = len(gain)
+    query_square, key_square, product = np.float32(0), np.float32(0), 0.0
+    for c in range(d):
+        query_square += stream[c] * stream[c]
+        key_square += key[c] * key[c]
+    for c in range(d):
+        product += np.float64(stream[c]) * key[c] * gain[c]
+    query_scale = UNIT / np.sqrt(query_square / np.float32(d) + eps)
+    key_scale = UNIT / np.sqrt(key_square / np.float32(d) + eps)
+    return np.float32(product * query_scale * key_scale / np.sqrt(np.float32(d))), query_scale, key_scale
+
+
 @_compiled(THREE, THREE, TWO, "float32", TWO, THREE)
 def logits(begin, end, streams, keys, gain, eps, out, scales):
-    n, d = gain.shape
     for t in range(begin, end):
-        for m in range(n):
-            # A gate's root has a slope of up to 500 where s is near 0, which is where s is a small sum of large
-            # terms: in float64 it is as exact as it can be.
-            query, key, product = np.float32(0), np.float32(0), 0.0
-            for c in range(d):
-                query += streams[t, m, c] * streams[t, m, c]
-                key += keys[t, m, c] * keys[t, m, c]
-            for c in range(d):
-                product += np.float64(streams[t, m, c]) * keys[t, m, c] * gain[m, c]
-            query = np.float32(1) / np.sqrt(query / np.float32(d) + eps)
-            key = np.float32(1) / np.sqrt(key / np.float32(d) + eps)
-            scales[t, m, 0], scales[t, m, 1] = query, key
-            out[t, m] = product * query * key / np.sqrt(np.float32(d))
+        for m in range(len(gain)):
+            out[t, m], scales[t, m, 0], scales[t, m, 1] = _logit(streams[t, m], keys[t, m], gain[m], eps)
 
 
 @_compiled(THREE, THREE, TWO, TWO, THREE, TWO, THREE, THREE, TWO)
@@ -131,12 +136,12 @@ def convolve_backward(begin, end, columns, taps, documents, dilation, to_z, to_c
 
 
 @numba.njit(
-    f"void(int64, int64, {THREE}, {THREE}, {TWO}, {TWO}, {TWO}, {TWO}, {THREE}, int64, {THREE}, boolean[::1], "
+    f"void(int64, int64, {THREE}, {THREE}, {TWO}, {TWO}, {TWO}, {THREE}, int64, {THREE}, boolean[::1], "
     f"boolean[::1], boolean, float32, float32, {THREE}, {TWO})",
     **OPTIONS,
 )
 def step(
-    begin, end, streams, keys, value, query_gain, key_gain, conv_gain, weight, dilation, tail, alive, starts,
+    begin, end, streams, keys, value, gain, conv_gain, weight, dilation, tail, alive, starts,
     copysign, eps, conv_eps, addend, columns,
 ):  # fmt: skip
     """All of a layer for one token a row, from its keys and value: weight [n, d, K], tail [B, L, n d], newest last."""
@@ -148,15 +153,7 @@ def step(
         square /= np.float32(d)
         seen = taps if alive[row] and not starts[row] else 1
         for m in range(n):
-            query, key, product = np.float32(0), np.float32(0), 0.0
-            for c in range(d):
-                query += streams[row, m, c] * streams[row, m, c]
-                key += keys[row, m, c] * keys[row, m, c]
-            for c in range(d):
-                product += np.float64(streams[row, m, c]) * keys[row, m, c] * (query_gain[m, c] * key_gain[m, c])
-            query = UNIT / np.sqrt(query / np.float32(d) + eps)
-            key = UNIT / np.sqrt(key / np.float32(d) + eps)
-            logit = np.float32(product * query * key / np.sqrt(np.float32(d)))
+            logit, _, _ = _logit(streams[row, m], keys[row, m], gain[m], eps)
             size = abs(logit)
             signed = np.copysign(np.sqrt(np.float32(1e-6) if size < np.float32(1e-6) else size), logit)
             if logit == 0 and not copysign:
