@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from byrote.memory.lookup import sum_rows
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.sharded import ShardedTable
 from byrote.tables.table import Table
 
 

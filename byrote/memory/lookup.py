@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from byrote.memory.prefetch import Reading, Times, begin, warm
-from byrote.tables.gather import sum_rows as add_rows
+from byrote.tables.records import sum_rows as add_rows
 from byrote.tables.table import Table
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from byrote.tables.table import Table
 
-THREADS = 2  # tables that are read at once; each read has threads of its own (`byrote.tables.preads`)
+THREADS = 2  # tables that are read at once; each read has threads of its own (`byrote.tables.files.reads`)
 
 
 @dataclass(eq=False)

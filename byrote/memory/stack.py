@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
-from byrote.address.spec import AddressSpec
+from byrote.address.hashing import canonical_ids, hash_rows, windows
+from byrote.address.spec import DEAD, AddressSpec
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
-from byrote.tables.device import DeviceTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.pinned import PinnedTable
-from byrote.tables.ram import RamTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.logged import LoggedTable
+from byrote.tables.placements.pinned import PinnedTable
+from byrote.tables.placements.ram import RamTable
+from byrote.tables.placements.ranks import Ranks
+from byrote.tables.placements.sharded import ShardedTable
 from byrote.tables.table import Table
 
 UNSET = -1

@@ -44,8 +44,8 @@ import torch
 from torch import Tensor
 
 from byrote.compiled import numba_is_there
+from byrote.tables.row_state import CPU
 from byrote.tables.table import RowState, StateFields, Table
-from byrote.tables.touched import CPU
 
 
 class RowRule(Protocol):
@@ -133,7 +133,7 @@ class LazyAdam:
         state["touches"].index_copy_(0, entries, touches)
         corrections = _corrections(self.betas, touches)
         arrays = (values, ids, state["exp_avg"], state["exp_avg_sq"], entries, gradient, corrections)
-        _kernels().update_adam(*_addresses(arrays), *gradient.shape, *self.betas, self.eps, rate)
+        _loops().update_adam(*_addresses(arrays), *gradient.shape, *self.betas, self.eps, rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class RowAdagrad:
     ) -> None:
         gradient = _clipped(gradient, self.max_norm)
         arrays = values, ids, state["sum_sq"], entries, gradient
-        _kernels().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
+        _loops().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def _addresses(arrays: tuple[Tensor, ...]) -> list[int]:
     return [array.data_ptr() for array in arrays]
 
 
-def _kernels() -> Any:
-    from byrote.tables import rule_kernels
+def _loops() -> Any:
+    from byrote.tables.loops import rules
 
-    return rule_kernels
+    return rules

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from byrote.train import filetables
+from byrote.train import file_tables as filetables
 
 PREFIX = "step-"
 FOLDERS = "checkpoints/*"  # also while one is written

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from byrote.memory import Memory, MemoryStack
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.sharded import ShardedTable
 
 PATIENCE, EVERY, SAMPLE, GROWTH = 100, 10, 256, 100.0
 

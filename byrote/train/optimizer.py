@@ -31,10 +31,10 @@ from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
 from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
-from byrote.tables.cache import CachedTable
-from byrote.tables.file import FileTable
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.sharded import ShardedTable
 from byrote.tables.rules import update_rows
-from byrote.tables.sharded import ShardedTable
 from byrote.train.guards import Guards
 from byrote.train.muon import Muon
 from byrote.train.mup import MuP

@@ -21,18 +21,18 @@ from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
-from byrote.tables.device import accelerator
-from byrote.tables.pinned import check_gpu
-from byrote.train import filetables
+from byrote.tables.placements.device import accelerator
+from byrote.tables.placements.pinned import check_gpu
+from byrote.train import file_tables as filetables
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, latest, sharded
-from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
 from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
+from byrote.train.recipe import Recipe
 from byrote.train.trainer import Result, Trainer
 
 # What may differ between a run and its resumption: nothing that the weights depend on.

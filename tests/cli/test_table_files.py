@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from byrote import EngramForCausalLM
-from byrote.cli.table_convert import Codec
+from byrote.cli.table.convert import Codec
 from byrote.tables import RamTable
 from byrote.tables.codecs import CODECS
 from tests.cli.test_commands import ROOT, WORDS, run, settings

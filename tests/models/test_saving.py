@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.models.engram import EngramModel
 from byrote.tables import RamTable
-from byrote.tables.checksums import verify
-from byrote.tables.file import FileTable
+from byrote.tables.files.checksums import verify
+from byrote.tables.placements.file import FileTable
 from tests.models.conftest import VOCABULARY, logits, make, tables, train
 
 

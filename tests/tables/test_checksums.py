@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from byrote.tables import RamTable, checksums
-from byrote.tables.checksums import Damage, sidecar, verify, write_sums
-from byrote.tables.file import FileTable
-from byrote.tables.headers import read_header
+from byrote.tables import RamTable
+from byrote.tables.files import checksums
+from byrote.tables.files.checksums import Damage, sidecar, verify, write_sums
+from byrote.tables.files.headers import read_header
+from byrote.tables.placements.file import FileTable
 
 
 @pytest.fixture(autouse=True)

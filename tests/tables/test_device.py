@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum, device, rules
+from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum, rules
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.file import FileTable
+from byrote.tables.placements import device
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.file import FileTable
 from byrote.tables.rules import update_rows
 from byrote.train.optimizer import Optimizer
 from tests.tables.alike import assert_same_files, update_alike

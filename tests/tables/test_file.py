@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from byrote.tables import RamTable, Table, preads
-from byrote.tables.cache import CachedTable
+from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.released import released_tables
+from byrote.tables.files import reads
+from byrote.tables.files.released import released_tables
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
 
 ROWS, DIGEST = 500, "d" * 64
 
@@ -20,9 +21,9 @@ ROWS, DIGEST = 500, "d" * 64
 @pytest.fixture(params=["positioned", "mapped", "plain"])
 def way(request, monkeypatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr("byrote.tables.preads.numba_is_there", lambda: False)
-        monkeypatch.setattr("byrote.tables.gather.numba_is_there", lambda: False)
-    monkeypatch.setattr(preads, "resident", lambda *_: request.param == "mapped")
+        monkeypatch.setattr("byrote.tables.files.reads.numba_is_there", lambda: False)
+        monkeypatch.setattr("byrote.tables.records.numba_is_there", lambda: False)
+    monkeypatch.setattr(reads, "resident", lambda *_: request.param == "mapped")
     return request.param
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import gather
+from byrote.tables import records as gather
 from byrote.tables.codecs import CODECS
 
 counts = st.integers(0, 100)  # on both sides of how far ahead the loops look

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import RamTable
-from byrote.tables.cache import CachedTable
 from byrote.tables.codecs import CODECS
-from byrote.tables.file import FileTable
-from byrote.tables.overlay import OverlayTable
-from byrote.tables.sparse import SparseRows
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.overlay import OverlayTable
+from byrote.tables.placements.sparse import SparseRows
 from byrote.train.optimizer import Optimizer
 
 ROWS, WIDTH, DIGEST = 60, 4, "d" * 64

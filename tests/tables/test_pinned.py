@@ -11,8 +11,8 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.memory import prefetch
 from byrote.tables import LazyAdam, RamTable
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.pinned import PinnedTable
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.pinned import PinnedTable
 from byrote.train.optimizer import Optimizer
 from tests.tables.alike import assert_same_files, update_alike
 
@@ -144,7 +144,7 @@ def test_a_gpu_reads_the_rows(codec):
     if GPU:
         assert torch.equal(PinnedTable.of(host).read(rows.cuda()).cpu(), host.read(rows))
         return
-    from byrote.tables.triton_gather import decode
+    from byrote.tables.loops.triton import decode
 
     values = decode(host.rows.view(torch.uint8), rows.flatten(), CODECS[codec], 40)
     assert torch.equal(values.view(3, 100, 40), host.read(rows))

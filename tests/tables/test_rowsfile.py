@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from byrote.tables import preads, rowsfile
-from byrote.tables.headers import INDEX, find_tensor, read_header
-from byrote.tables.rowsfile import RowsFile
+from byrote.tables.files import reads
+from byrote.tables.files import rows as rowsfile
+from byrote.tables.files.headers import INDEX, find_tensor, read_header
+from byrote.tables.files.rows import RowsFile
 
 DTYPES = {
     "F32": torch.float32,
@@ -44,8 +45,8 @@ def as_bytes(values: torch.Tensor) -> torch.Tensor:
 def way(request, monkeypatch) -> str:
     """Each way to read, whatever is in memory."""
     if request.param == "plain":
-        monkeypatch.setattr(preads, "numba_is_there", lambda: False)
-    monkeypatch.setattr(preads, "resident", lambda *_: request.param == "mapped")
+        monkeypatch.setattr(reads, "numba_is_there", lambda: False)
+    monkeypatch.setattr(reads, "resident", lambda *_: request.param == "mapped")
     return request.param
 
 
@@ -101,10 +102,10 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
     ids = np.unique((np.array(picks) * rows).astype(np.int64))
     outs = [np.empty((len(ids), width), np.uint8) for _ in range(2)]
     with open(path, "rb") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preads, "RUN_BYTES", most)
-        patch.setattr(preads, "LEAST", 1)
-        preads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
-        preads.read_twin(file.fileno(), 13 + ids * width, outs[1])
+        patch.setattr(reads, "RUN_BYTES", most)
+        patch.setattr(reads, "LEAST", 1)
+        reads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
+        reads.read_twin(file.fileno(), 13 + ids * width, outs[1])
     expected = content[13:].reshape(rows, width)[ids]
     assert (outs[0] == expected).all() and (outs[1] == expected).all()
 
@@ -113,19 +114,19 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
 def test_resident_tells_what_is_in_memory(tmp_path, monkeypatch, compiled):
     if not hasattr(os, "RWF_NOWAIT"):
         pytest.skip("needs preadv2")
-    monkeypatch.setattr(preads, "numba_is_there", lambda: compiled)
+    monkeypatch.setattr(reads, "numba_is_there", lambda: compiled)
     path = tmp_path / "file"
     path.write_bytes(b"x" * (1 << 20))
     places = np.arange(0, 10**6, 50_000)
     with open(path, "rb") as file:
         file.read()
-        if not preads.resident(file.fileno(), places, 1000):
+        if not reads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system that always waits")
-        assert not preads.resident(file.fileno(), np.array([10_000, 5_000_000]), 1000)  # beyond the end
+        assert not reads.resident(file.fileno(), np.array([10_000, 5_000_000]), 1000)  # beyond the end
         os.fsync(os.open(path, os.O_RDWR))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if preads.resident(file.fileno(), places, 1000):
+        if reads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system in memory")
 
 
@@ -173,7 +174,7 @@ def test_a_short_read_is_an_error(tmp_path, monkeypatch, compiled):
     file = RowsFile.open(path, "rows")
     cut(path, 4096)
     monkeypatch.setattr(rowsfile._Part, "_check_size", lambda self: None)
-    monkeypatch.setattr(preads, "numba_is_there", lambda: compiled)
+    monkeypatch.setattr(reads, "numba_is_there", lambda: compiled)
     with pytest.raises(ValueError, match="ends at byte 4096"):
         file.read(torch.arange(5000))
 
@@ -257,7 +258,7 @@ SPARSE = """
 import json, sys
 from pathlib import Path
 import torch
-from byrote.tables.rowsfile import RowsFile
+from byrote.tables.files.rows import RowsFile
 
 def kilobytes(*names):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import CODECS, RamTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.ranks import Ranks
+from byrote.tables.placements.sharded import ShardedTable
 from byrote.train.optimizer import Optimizer
 
 ROWS, WIDTH, DIGEST, STEPS = 101, 5, "d" * 64, 3  # 101 rows: no number of ranks divides them

@@ -19,16 +19,15 @@ from safetensors.torch import save_file
 from byrote.memory import Memory
 from byrote.tables import LazyAdam, RamTable, Table
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.overlay import OverlayTable
-from byrote.tables.pinned import PinnedTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.saved import header_of
-from byrote.tables.sharded import ShardedTable
-from byrote.tables.sparse import SparseRows
-from byrote.tables.stream import stream
+from byrote.tables.files.format import header_of, stream
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
+from byrote.tables.placements.overlay import OverlayTable
+from byrote.tables.placements.pinned import PinnedTable
+from byrote.tables.placements.ranks import Ranks
+from byrote.tables.placements.sharded import ShardedTable
+from byrote.tables.placements.sparse import SparseRows
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -77,7 +76,7 @@ KINDS |= {
 def nothing_to_lock(monkeypatch):
     """Without a GPU a pinned table is one in RAM."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr("byrote.tables.pinned.check_gpu", lambda: None)
+        monkeypatch.setattr("byrote.tables.placements.pinned.check_gpu", lambda: None)
         monkeypatch.setattr(PinnedTable, "_lock", lambda table: None)
 
 

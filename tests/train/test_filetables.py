@@ -16,13 +16,13 @@ import torch
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
 from byrote.tables import RamTable
-from byrote.tables.file import FileTable
-from byrote.tables.log import RowLog
+from byrote.tables.log.log import RowLog
+from byrote.tables.placements.file import FileTable
 from byrote.train import trainer as trainer_module
 from byrote.train.checkpoint import checkpoints, latest
-from byrote.train.config import Recipe
-from byrote.train.filetables import logged_tables
+from byrote.train.file_tables import logged_tables
 from byrote.train.metrics import read_metrics
+from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
 
 STAGES = ["opening", "training", "saving", "committing", "committed", "collecting"]
@@ -114,7 +114,7 @@ def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
     """With every row of the base cold: reads begin early, and the loader warms each batch, or not."""
-    monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size: not len(places))
+    monkeypatch.setattr("byrote.tables.files.reads.resident", lambda fd, places, size: not len(places))
     warmed, original = [], FileTable.warm
     monkeypatch.setattr(FileTable, "warm", lambda self, rows: (warmed.append(rows), original(self, rows))[1])
     host = train("host", eval_every=0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from byrote.train.config import Recipe
+from byrote.train.recipe import Recipe
 
 RECIPE = """
 [model]

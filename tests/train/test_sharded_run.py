@@ -10,9 +10,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
-from byrote.train.callback import TableCallback
 from byrote.train.checkpoint import latest
-from byrote.train.config import Recipe
+from byrote.train.hf_callback import TableCallback
+from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
 
 WORLD = 2

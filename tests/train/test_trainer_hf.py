@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.train.callback import TableCallback
 from byrote.train.checkpoint import align
+from byrote.train.hf_callback import TableCallback
 from byrote.train.optimizer import Optimizer
 
 STEPS, LENGTH = 6, 16

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from byrote.memory.concepts import ConceptState
+from byrote.memory.concept_state import ConceptState
 from byrote.memory.state import Field
 from byrote.models.block import BlockOutput, exit_of
 from byrote.models.dlcm.block import TokenBlock
