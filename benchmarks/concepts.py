@@ -27,7 +27,8 @@ from byrote.lab.studies.plan import Variant, cells, plan
 from byrote.lab.studies.report import Results
 from byrote.lab.studies.runner import run_lab
 from byrote.lab.studies.statistics import Summary, paired, summarize
-from byrote.models.families import config_class, count
+from byrote.models.counts import count
+from byrote.models.families import config_class
 from byrote.train.checkpoint import latest
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
