@@ -10,6 +10,7 @@ that were asked for ahead of time (`prefetch.py`) are known by the tensor of the
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import weakref
@@ -89,7 +90,7 @@ class Lookup:
         self._readings: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lookup:
-        return self  # a copied model shares the table, and with it what waits for the table
+        return Lookup(copy.deepcopy(self.table, memo))  # nothing waits for it yet
 
     def begin(self, rows: Tensor) -> Reading | None:
         """Begin to read rows [...], if that is better done ahead of time."""

@@ -1,8 +1,11 @@
 """The Table protocol: row ids in, rows out; nothing about tokens, layers or gradients.
 
 A table holds `num_rows` rows of `width` values. It is not a Module, Parameter or buffer: it is absent from
-`state_dict`, `.to` and `.half` do not touch it, `copy.deepcopy` shares it and pickling is refused. Rows change
-only through `write`, and `commit` closes one step of changes by raising `generation` by one.
+`state_dict`, `.to` and `.half` do not touch it and pickling is refused. Rows change only through `write`, and `commit`
+closes one step of changes by raising `generation` by one.
+
+`copy.deepcopy` gives a table of its own, at the cost of the rows that change afterwards (`byrote.tables.placements.copied`): who
+writes a table first shows the rows to its `followers`, which are the copies that are still in use.
 
 Beside its values a row may carry the state of an update rule (`byrote.tables.rules`). That state is stored with
 the rows, for touched rows only, so it grows with the rows that were ever updated and not with the table.
@@ -19,6 +22,7 @@ A table with a true `asynchronous` reads row ids that are on a GPU there: a read
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +33,26 @@ from torch import Tensor
 
 RowState = dict[str, Tensor]
 StateFields = Mapping[str, tuple[int, ...]]
+
+
+class Follower(Protocol):
+    def keep(self, rows: Tensor) -> None:
+        """Rows [U] of the table that is followed are about to change."""
+        ...
+
+
+class Followers:
+    """Who must see rows of a table before they change. One that nobody uses any more is forgotten."""
+
+    def __init__(self) -> None:
+        self._all: weakref.WeakSet[Follower] = weakref.WeakSet()
+
+    def add(self, follower: Follower) -> None:
+        self._all.add(follower)
+
+    def keep(self, rows: Tensor) -> None:
+        for follower in list(self._all):
+            follower.keep(rows)
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from byrote.tables.placements.pinned import PinnedTable
 from byrote.tables.placements.ranks import Ranks
 from byrote.tables.placements.sharded import ShardedTable
 from byrote.tables.placements.sparse import SparseRows
+from byrote.tables.rules import update_rows
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -379,9 +381,76 @@ def test_the_order_of_training_does_not_show_in_the_state_file(kind, tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
-def test_deepcopy_shares(table):
-    assert copy.deepcopy(table) is table
-    assert copy.deepcopy({"tables": [table]})["tables"][0] is table
+@pytest.mark.parametrize("with_state_before", [True, False])
+def test_a_copy_and_its_original_go_their_own_ways(kind, table, tmp_path, with_state_before):
+    """Against two tables that never knew of each other: values, rule state, files; the copy of a copy too."""
+    tables = [table, *(kind.make(ROWS, WIDTH, digest=DIGEST, seed=3) for _ in range(3))]
+    first, others = tables[0], tables[1:]
+    for each in tables if with_state_before else ():
+        take_step(each, [7, 2, 30], 0)
+    second = copy.deepcopy({"tables": [first]})["tables"][0]
+    assert second is not first and second.generation == first.generation
+    take_step(first, [2, 3], 1)
+    take_step(others[0], [2, 3], 1)
+    take_step(second, [3, 4, 30], 2)
+    take_step(others[1], [3, 4, 30], 2)
+    third = copy.deepcopy(second)
+    take_step(first, [4, 5], 3)
+    take_step(others[0], [4, 5], 3)
+    take_step(second, [7, 8], 4)
+    take_step(others[1], [7, 8], 4)
+    take_step(others[2], [3, 4, 30], 2)
+    for mine, twin in zip((first, second, third), others, strict=True):
+        assert mine.generation == twin.generation and torch.equal(every_row(mine), every_row(twin))
+        states = mine.read_state(torch.arange(ROWS), FIELDS), twin.read_state(torch.arange(ROWS), FIELDS)
+        assert all(torch.equal(states[0][name], states[1][name]) for name in FIELDS)
+        for each, name in ((mine, "mine"), (twin, "twin")):
+            each.save(tmp_path / name)
+            each.save_state(tmp_path / f"{name}-state")
+        assert torch.equal(every_row(kind.open(tmp_path / "mine", **WANTED)), every_row(twin))
+        assert (tmp_path / "mine-state").read_bytes() == (tmp_path / "twin-state").read_bytes()
+
+
+class Momentum:
+    """A row rule that keeps FIELDS."""
+
+    def fields(self, width: int) -> dict[str, tuple[int, ...]]:
+        return FIELDS
+
+    def update(self, values, state, gradient, rate):
+        moment = state["moment"] * 0.5 + gradient
+        return values - rate * moment, {"moment": moment, "touches": state["touches"] + 1}
+
+
+def take_step(table: Table, ids: list[int], seed: int) -> None:
+    rows = torch.tensor(ids)
+    gradient = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(seed))
+    if isinstance(table, ShardedTable):
+        rows, table = table.ranks.local(rows), table.part
+    update_rows(table, Momentum(), rows, gradient, 0.1)
+    table.commit()
+
+
+def test_a_copy_keeps_what_load_state_takes_from_its_original(table, tmp_path):
+    table.save_state(tmp_path / "none")
+    table.write(torch.tensor([7, 2]), torch.randn(2, WIDTH), random_state(2))
+    second = copy.deepcopy(table)
+    table.load_state(tmp_path / "none")
+    kept = second.read_state(torch.tensor([2, 7, 3]), FIELDS)
+    assert torch.equal(kept["touches"], torch.cat([random_state(2)["touches"].flip(0), torch.zeros(1)]))
+    second.load_state(tmp_path / "none")
+    assert not any(value.any() for value in second.read_state(torch.arange(ROWS), FIELDS).values())
+
+
+def test_a_copy_costs_the_rows_that_change():
+    table = RamTable(10**6, 8, digest=DIGEST)
+    second = copy.deepcopy(table)
+    table.write(torch.arange(100), torch.zeros(100, 8))
+    assert second.stats()["overlay_rows"] == 100
+    seen = weakref.ref(second)
+    del second
+    assert seen() is None
+    table.write(torch.arange(100), torch.ones(100, 8))  # nobody has to see it any more
 
 
 def test_pickling_is_refused(table):
@@ -398,7 +467,7 @@ def test_a_module_does_not_own_its_table(kind, table):
         move()
         assert memory.generation.dtype == torch.int64
         assert torch.equal(every_row(table), before)
-    assert copy.deepcopy(memory).table is table
+    assert copy.deepcopy(memory).table is not table
     with pytest.raises(TypeError, match="save_pretrained"):
         pickle.dumps(memory)
 

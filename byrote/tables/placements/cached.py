@@ -6,6 +6,7 @@ that were not are read from the base, all at once, and let in if they are worth 
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from pathlib import Path
@@ -36,7 +37,7 @@ class CachedTable:
     """
 
     def __init__(self, base: Table, budget: int) -> None:
-        self.base = base
+        self.base, self._budget = base, budget
         self._codec = CODECS["bf16" if str(base.stats().get("codec")).startswith("bf16") else "fp32"]
         bookkeeping = 8 + 2 * 8  # the row id, and the counters at their largest
         size = self._codec.record_bytes(base.width)
@@ -47,7 +48,7 @@ class CachedTable:
         self.clear_stats()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedTable:
-        return self
+        return CachedTable(copy.deepcopy(self.base, memo), self._budget)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables")
@@ -56,6 +57,7 @@ class CachedTable:
     width = property(lambda self: self.base.width)
     digest = property(lambda self: self.base.digest)
     generation = property(lambda self: self.base.generation)
+    followers = property(lambda self: self.base.followers)
     writes = property(lambda self: getattr(self.base, "writes"))  # noqa: B009  not every base counts them
 
     @torch.no_grad()

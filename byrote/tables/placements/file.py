@@ -23,7 +23,7 @@ from byrote.tables.files.headers import read_header
 from byrote.tables.files.released import NUMBERS, Form
 from byrote.tables.files.rows import RowsFile
 from byrote.tables.records import decode
-from byrote.tables.table import RowState, StateFields, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 DTYPES = {"U8": torch.uint8, **NUMBERS}
@@ -41,6 +41,7 @@ class FileTable:
         self.path, self.num_rows, self.width, self.codec = path, values.num_rows, width, codec
         self.digest, self.generation, self.form = digest, generation, form
         self._codec, self._values, self._scales = CODECS[codec], values, scales
+        self.followers = Followers()
 
     @classmethod
     def open(cls, path: Path, **wanted: Any) -> FileTable:
@@ -77,7 +78,7 @@ class FileTable:
         return cls(path, rows, width=width, codec=form.codec or "fp32", digest=digest, scales=beside, form=form)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTable:
-        return self
+        return self  # its rows never change
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")

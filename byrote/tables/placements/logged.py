@@ -28,9 +28,10 @@ from byrote.tables.files.rows import sample
 from byrote.tables.log import disk
 from byrote.tables.log.log import RowLog
 from byrote.tables.log.record import Record
+from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.placements.file import FileTable
 from byrote.tables.placements.ram import RamTable
-from byrote.tables.table import RowState, StateFields, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 
@@ -56,6 +57,7 @@ class LoggedTable:
         self.fields = self.record.fields
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
         self.generation, self.writes = generation, 0
+        self.followers = Followers()
 
     @classmethod
     def create(cls, base: Any, folder: Path, fields: StateFields, path: str = "", **settings: int) -> LoggedTable:
@@ -90,8 +92,8 @@ class LoggedTable:
         log = RowLog.open(folder, pointer["committed"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
         return cls(base, log, about["fields"], pointer["generation"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoggedTable:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedTable:
+        return CopiedTable(self)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
@@ -151,6 +153,7 @@ class LoggedTable:
             self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
             records = np.empty((len(ids), self.log.record_bytes), np.uint8)
             self.record.set_state(records, state)
+        self.followers.keep(rows)
         self.writes += 1
         self.record.set_values(records, values, chance(self.digest, self.generation))
         self.log.write(ids, records)
@@ -188,7 +191,7 @@ class LoggedTable:
         stream(path, {"rows": (dtype, shape, chunks)}, header_of(self))
 
     def save_state(self, path: Path) -> None:
-        touched = torch.from_numpy(self._with_state())
+        touched = self.touched()
 
         def chunks(name: str) -> Callable[[], Iterator[Tensor]]:
             parts = touched.split(max(1, CHUNK_BYTES // self.log.record_bytes))
@@ -205,6 +208,7 @@ class LoggedTable:
         if rows.numel():
             self._check_fields({name: tuple(array.shape[1:]) for name, array in arrays.items()})
         gone = np.setdiff1d(self._with_state(), rows.numpy())
+        self.followers.keep(torch.from_numpy(gone))
         records = self.log.read(gone)[1]
         self.record.clear_state(records)
         self.log.write(gone, records)
@@ -223,6 +227,10 @@ class LoggedTable:
             table.write(rows, values)
         table.generation = self.generation
         return table
+
+    def touched(self) -> Tensor:
+        """Ids of the rows with rule state [U], ascending."""
+        return torch.from_numpy(self._with_state())
 
     def _with_state(self) -> np.ndarray:
         ids = self.log.rows()

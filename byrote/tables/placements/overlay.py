@@ -19,6 +19,7 @@ Over a `ShardedTable`, `read` reads the base also where the overlay holds every 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,9 +29,9 @@ from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
 from byrote.tables.files.format import header_of, load_state_file, save_state_file, stream
-from byrote.tables.placements.logged import CHUNK_BYTES
+from byrote.tables.placements.file import CHUNK_BYTES
 from byrote.tables.placements.sparse import SparseRows, grown
-from byrote.tables.table import RowState, StateFields, Table, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
 
 
 class OverlayTable:
@@ -47,11 +48,19 @@ class OverlayTable:
         self.num_rows, self.width, self.digest = base.num_rows, base.width, base.digest
         self.generation = base.generation
         self.codec: str = getattr(base, "codec", None) or base.stats()["codec"]  # of a merged file
+        self.followers = Followers()
         self._state: RowState = {}
         self._trained = torch.zeros(0, dtype=torch.bool)  # by place: whether rule state was written
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OverlayTable:
-        return self
+        made = type(self)(copy.deepcopy(self.base, memo), copy.deepcopy(self.top, memo), writable=self.writable)
+        made._take(self, memo)
+        return made
+
+    def _take(self, other: OverlayTable, memo: dict[int, Any]) -> None:
+        """The generation and the rule state of an overlay with the same rows."""
+        self.generation = other.generation
+        self._state, self._trained = copy.deepcopy((other._state, other._trained), memo)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
@@ -89,9 +98,12 @@ class OverlayTable:
             if lengths := {name: len(value) for name, value in state.items() if len(value) != len(rows)}:
                 raise ValueError(f"rule state must have {len(rows)} entries, one a row, got {lengths}")
             self._check_fields({name: tuple(value.shape[1:]) for name, value in state.items()})
+        self.followers.keep(rows)
         places = self.top.write(rows, values)
-        if state is None:
-            return
+        if state is not None:
+            self._put_state(places, state)
+
+    def _put_state(self, places: Tensor, state: RowState) -> None:
         for name, value in state.items():
             array = self._state.get(name, torch.zeros(0, *value.shape[1:]))
             self._state[name] = grown(array, len(self.top)).index_copy_(0, places, value.to("cpu", torch.float32))
@@ -119,22 +131,28 @@ class OverlayTable:
 
         def chunks() -> Iterator[Tensor]:
             for at in range(0, self.num_rows, step):
-                values = self.read(torch.arange(at, min(at + step, self.num_rows)))
-                # What was decoded is encoded without loss, by chance or not.
-                yield codec.encode(values, chance(self.digest, self.generation)).view(codec.dtype)
+                yield self.records(at, at + step).view(codec.dtype)
 
         shape = (self.num_rows, codec.record_bytes(self.width) // codec.dtype.itemsize)
         stream(path, {"rows": (codec.dtype, shape, chunks)}, header_of(self))
 
+    def records(self, begin: int, end: int) -> Tensor:
+        """Rows begin to end in the base's codec, bytes [end - begin, B]."""
+        values = self.read(torch.arange(begin, min(end, self.num_rows)))
+        # What was decoded is encoded without loss, by chance or not.
+        return CODECS[self.codec].encode(values, chance(self.digest, self.generation)).view(torch.uint8)
+
     def save_state(self, path: Path) -> None:
-        rows = self._rows_with_state()
-        fields = {name: tuple(array.shape[1:]) for name, array in self._state.items()}
-        state = self.read_state(rows, fields) if len(rows) else {}
-        save_state_file(path, self, rows, state)
+        rows = self.touched()
+        save_state_file(path, self, rows, self.read_state(rows, self.fields) if len(rows) else {})
 
     def load_state(self, path: Path) -> None:
+        self.replace_state(*load_state_file(path, self))
+
+    def replace_state(self, rows: Tensor, state: RowState) -> None:
+        """Forget all rule state, and take that of rows [U]."""
         self._check_writable()
-        rows, state = load_state_file(path, self)
+        self.followers.keep(self.touched())
         self._state, self._trained = {}, torch.zeros(0, dtype=torch.bool)
         if rows.numel():
             self.write(rows, self.read(rows), state)
@@ -144,13 +162,19 @@ class OverlayTable:
         return self.base.stats() | {
             "codec": self.codec if self.top.codec == self.codec else "mixed",
             "generation": self.generation,
-            "rows_touched": int(self._trained.sum()),
+            "rows_touched": len(self.touched()),
             "state_bytes": sum(array.nbytes for array in self._state.values()) + self._trained.nbytes,
             "overlay_rows": len(self.top),
             "overlay_bytes": self.top.num_bytes,
         }
 
-    def _rows_with_state(self) -> Tensor:
+    @property
+    def fields(self) -> StateFields:
+        """Names and shapes of the rule state that is kept."""
+        return {name: tuple(array.shape[1:]) for name, array in self._state.items()}
+
+    def touched(self) -> Tensor:
+        """Ids of the rows with rule state of their own [U], ascending."""
         ids = self.top.ids()
         return ids[grown(self._trained, len(self.top))[self.top.find(ids)]]
 
@@ -162,6 +186,6 @@ class OverlayTable:
             )
 
     def _check_fields(self, fields: StateFields) -> None:
-        present = {name: tuple(array.shape[1:]) for name, array in self._state.items()}
+        present = dict(self.fields)
         if present and present != {name: tuple(shape) for name, shape in fields.items()}:
             raise ValueError(f"the table keeps rule state {sorted(present)}, the rule asks for {sorted(fields)}")

@@ -18,10 +18,11 @@ from torch import Tensor
 from byrote.tables.codecs import CODECS, chance
 from byrote.tables.files.format import check_wanted, header_of, load, load_state_file, save_state_file, stream
 from byrote.tables.host_memory import ask_for_huge_pages
+from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.records import decode, scatter
 from byrote.tables.row_state import CPU, TouchedState
 from byrote.tables.rules import InPlaceRule
-from byrote.tables.table import RowState, StateFields, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
 
 DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
@@ -48,9 +49,10 @@ class RamTable:
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
         self._state = TouchedState(num_rows)
+        self.followers = Followers()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RamTable:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return CopiedTable(self)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -92,6 +94,10 @@ class RamTable:
             values = torch.empty(size, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
             yield self._codec.encode(values, generator).view(self._codec.dtype)
 
+    def records(self, begin: int, end: int) -> Tensor:
+        """Rows begin to end as they are stored, bytes [end - begin, B]."""
+        return self._records[begin:end]
+
     @property
     def _records(self) -> Tensor:
         return self.rows.view(torch.uint8)
@@ -120,6 +126,7 @@ class RamTable:
         if state is not None:
             self._check_state(rows, state)
         records = self._codec.encode(values.to(self.device, torch.float32), chance(self.digest, self.generation))
+        self.followers.keep(here)
         self.writes += 1
         self._scatter(here.contiguous(), records)
         if state is not None:
@@ -134,6 +141,7 @@ class RamTable:
         check_row_ids(rows, self.num_rows)
         if gradient.shape != (len(rows), self.width):
             raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
+        self.followers.keep(rows)
         entries = self._state.entries(rows, rule.fields(self.width))
         self.writes += 1
         if self._codec.dtype == torch.float32:
@@ -180,6 +188,7 @@ class RamTable:
 
     def replace_state(self, rows: Tensor, state: RowState) -> None:
         """Forget all rule state, and take that of rows [U]."""
+        self.followers.keep(self.touched())
         self._state = TouchedState(self.num_rows, self.device)
         if rows.numel():
             self._state.write(rows.to(self.device), state)

@@ -22,6 +22,7 @@ With the codec bf16-stochastic each rank draws its own chance, so that other num
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from byrote.tables.codecs import CODECS, check_finite
 from byrote.tables.files.format import header_of, load_state_file, stream
+from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.placements.logged import CHUNK_BYTES
 from byrote.tables.placements.ram import RamTable
 from byrote.tables.placements.ranks import Ranks
@@ -40,7 +42,7 @@ from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 class ShardedTable:
     """`part`: the rows of this rank, of `num_rows` in all."""
 
-    def __init__(self, part: RamTable, num_rows: int, ranks: Ranks) -> None:
+    def __init__(self, part: RamTable | CopiedTable, num_rows: int, ranks: Ranks) -> None:
         if part.num_rows != ranks.count(num_rows):
             raise ValueError(
                 f"rank {ranks.rank} of {ranks.world} owns {ranks.count(num_rows)} of {num_rows} rows, "
@@ -67,7 +69,7 @@ class ShardedTable:
         return cls.split(RamTable.open(path, num_rows=num_rows, width=width, digest=digest), ranks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTable:
-        return self
+        return ShardedTable(copy.deepcopy(self.part, memo), self.num_rows, self.ranks)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
@@ -117,7 +119,7 @@ class ShardedTable:
 
         def chunks() -> Iterator[Tensor]:
             for at in range(0, -(-self.num_rows // world), step):
-                parts = self.ranks.to_first(self.part.rows[at : at + step].view(torch.uint8))
+                parts = self.ranks.to_first(self.part.records(at, at + step))
                 whole = torch.empty(sum(map(len, parts)), codec.record_bytes(self.width), dtype=torch.uint8)
                 for rank, part in enumerate(parts):
                     whole[rank::world] = part
