@@ -68,9 +68,14 @@ def collect(model: Any, run: Path, checkpoints: str) -> None:
 
 
 def unlock(model: Any) -> None:
-    """Give the right to write the tables back; from now on whoever saves the model saves its rows."""
+    """Give the right to write the tables back."""
     for table in logged_tables(model).values():
         table.log.unlock()
+
+
+def end(model: Any) -> None:
+    """The training is over: from now on whoever saves the model, wherever, saves its rows and no more."""
+    unlock(model)
     if getattr(model, "memory_stack", None) is not None:
         model.memory_stack.is_checkpoint = nowhere
 
@@ -81,7 +86,7 @@ def released(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        unlock(model)
+        end(model)
 
 
 def mark_checkpoints(model: Any, run: Path, checkpoints: str) -> None:

@@ -100,7 +100,7 @@ class TableCallback(TrainerCallback):
             self._bring_back(found, [Path(state.best_model_checkpoint)])
         if self._from_files:
             filetables.resume(found, run, FOLDERS)  # the Trainer may have removed the last checkpoint too
-        filetables.unlock(found)
+        filetables.end(found)
 
     def _bring_back(self, model: MemoryPreTrainedModel, folders: list[Path]) -> None:
         """Load tables and row state of the folder whose generation is the backbone's."""
