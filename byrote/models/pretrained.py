@@ -25,9 +25,11 @@ from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
 from byrote.tables.device import accelerator
 from byrote.tables.file import FileTable
+from byrote.tables.headers import check_weights
 from byrote.tables.logged import LoggedTable
 from byrote.tables.pinned import check_gpu
 
+MEMORY_BUFFERS = (".generation", ".vocabulary")
 PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
 
 
@@ -119,8 +121,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isdir(name):
+            check_weights(_resolve(name, "", kwargs))
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
+            raise ValueError(
+                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only names "
+                "it knows leaves them out: take the weights that save_pretrained wrote"
+            )
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -131,7 +140,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             memories = [memory for _, memory in model.memory_stack.items()]
             for memory in memories:
                 memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
+        return (model, info) if told else model
 
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.

@@ -25,7 +25,9 @@ from torch import Tensor
 from byrote.tables import disk
 from byrote.tables.codecs import chance
 from byrote.tables.file import FileTable
-from byrote.tables.log import RowLog
+from byrote.tables.headers import check_fields, parse_object
+from byrote.tables.log import HEADER, RowLog
+from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
 from byrote.tables.ram import RamTable
 from byrote.tables.record import Record
 from byrote.tables.rowsfile import sample
@@ -34,6 +36,7 @@ from byrote.tables.stream import stream
 from byrote.tables.table import RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
+POINTER = {"log": str, "generation": int, "committed": int}
 
 
 def open_base(path: Path) -> Any:
@@ -43,10 +46,18 @@ def open_base(path: Path) -> Any:
 
 def read_pointer(path: Path) -> dict[str, Any]:
     """What `checkpoint` wrote."""
-    pointer = disk.read_json(path, FORMAT_VERSION, "no such pointer")
-    if missing := {"log", "generation", "committed"} - pointer.keys():
-        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}; take another checkpoint")
-    return pointer
+    return disk.read_json(path, FORMAT_VERSION, POINTER, "no such pointer")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What `create` wrote of the base: path, codec, fields."""
+    path = folder / "log.json"
+    about = parse_object(disk.read_json(path, LOG_VERSION, HEADER, "no log")["base"].encode(), str(path))
+    check_fields(about, {"path": str, "codec": str, "fields": dict}, str(path))
+    for name, shape in about["fields"].items():
+        if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"{path} is damaged (the shape of rule state {name!r} is {shape!r}); copy it again")
+    return about
 
 
 class LoggedTable:
@@ -80,7 +91,7 @@ class LoggedTable:
                 f"{path} points to the log {folder}, which is not there: a checkpoint of a file-table run is good "
                 "only in its run folder; model.save_pretrained makes a folder that stands alone"
             )
-        about = json.loads(json.loads((folder / "log.json").read_text())["base"])
+        about = _about(folder)
         base = open_base(Path(os.path.abspath(folder / about["path"])))
         if (base.num_rows, base.width, base.digest) != (num_rows, width, digest):
             raise ValueError(
