@@ -21,13 +21,16 @@ from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.tables import RamTable, Table
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.cached import num_bytes
 from byrote.tables.files.checksums import write_sums
-from byrote.tables.placements.cached import CachedTable, num_bytes
 from byrote.tables.placements.device import accelerator
 from byrote.tables.placements.file import FileTable
+from byrote.tables.files.headers import check_weights
 from byrote.tables.placements.logged import LoggedTable
 from byrote.tables.placements.pinned import check_gpu
 
+MEMORY_BUFFERS = (".generation", ".vocabulary")
 PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
 
 
@@ -119,8 +122,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isdir(name):
+            check_weights(_resolve(name, "", kwargs))
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
+            raise ValueError(
+                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only names "
+                "it knows leaves them out: take the weights that save_pretrained wrote"
+            )
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -131,7 +141,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             memories = [memory for _, memory in model.memory_stack.items()]
             for memory in memories:
                 memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
+        return (model, info) if told else model
 
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.

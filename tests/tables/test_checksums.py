@@ -114,6 +114,16 @@ BAD_SIDECARS = {
         '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 9, "block_bytes": 5, "blocks": [""]}',
         "1 blocks of 5 bytes are no file of 9",
     ),
+    "too deep": ("[" * 200_000, "is damaged"),
+    "a list": ("[]", "is damaged"),
+    "a size in words": (
+        '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": "9", "block_bytes": 9, "blocks": [""]}',
+        "file_bytes must be int",
+    ),
+    "blocks that are numbers": (
+        '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 9, "block_bytes": 9, "blocks": [5]}',
+        "is damaged",
+    ),
     "another version": (
         '{"format_version": 2, "algorithm": "blake2b-16", "file_bytes": 1, "block_bytes": 1, "blocks": [""]}',
         "in version 2, this byrote reads",
@@ -127,6 +137,12 @@ def test_bad_sidecars_are_refused(path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         verify(path)
     assert str(sidecar(path)) in str(error.value)
+
+
+def test_a_sidecar_of_a_larger_file_reads_no_more_than_there_is(path):
+    about = {"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 10**17, "block_bytes": 10**17, "blocks": [""]}
+    sidecar(path).write_text(json.dumps(about))
+    assert [damage.number for damage in verify(path)] == [0]
 
 
 def test_a_sidecar_is_not_written_over(path, tmp_path):

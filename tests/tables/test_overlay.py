@@ -123,7 +123,7 @@ BAD_FILES = {
     "another digest": (lambda path: rewrite(path, digest="e" * 64), "digest is e+, the table below has d+"),
     "more rows": (lambda path: rewrite(path, num_rows=ROWS + 1), "num_rows is 61, the table below has 60"),
     "wider": (lambda path: rewrite(path, width=WIDTH + 1), "width is 5"),
-    "a whole table": (lambda path: base().save(path), "no tensor .'values'."),
+    "a whole table": (lambda path: base().save(path), "no tensor 'values'"),
     "twice the same row": (lambda path: rewrite(path, rows=torch.tensor([3, 17, 17])), "entries 1 and 2 are 17 and 17"),
     "not ascending": (lambda path: rewrite(path, rows=torch.tensor([17, 3, 40])), "entries 0 and 1 are 17 and 3"),
     "negative": (lambda path: rewrite(path, rows=torch.tensor([-1, 3, 40])), "row ids -1..40 leave the table"),

@@ -199,9 +199,58 @@ BAD_FILES = {
         header(b'{"rows": {"dtype": "F3", "shape": [4], "data_offsets": [0, 4]}}', 4),
         "header is damaged",
     ),
+    "a number": (header(b"17"), "header is damaged .*no object but 17"),
+    "null": (header(b"null"), "header is damaged"),
+    "of no length": (header(b""), "header is damaged"),
+    "too deep": (header(b'{"rows": ' + b"[" * 200_000), "header is damaged"),
+    "UTF-16": (header('{"rows": 1}'.encode("utf-16")), "header is damaged .*utf-8"),
+    "no UTF-8": (header(b'{"\xff": 1}'), "header is damaged .*utf-8"),
+    "metadata that is no object": (header(b'{"__metadata__": [1]}'), "__metadata__ must hold strings"),
+    "metadata that is no string": (header(b'{"__metadata__": {"a": 1}}'), "__metadata__ must hold strings"),
+    "a tensor twice": (header(b'{"rows": {}, "rows": {}}'), "'rows' is there twice"),
+    "a tensor that is no object": (header(b'{"rows": null}'), "header is damaged"),
+    "a dtype that is a list": (
+        header(b'{"rows": {"dtype": ["U8"], "shape": [4], "data_offsets": [0, 4]}}', 4),
+        "header is damaged",
+    ),
+    "a size in quotes": (
+        header(b'{"rows": {"dtype": "U8", "shape": ["4"], "data_offsets": [0, 4]}}', 4),
+        "must be integers",
+    ),
+    "a size of 1.5": (header(b'{"rows": {"dtype": "U8", "shape": [1.5], "data_offsets": [0, 1]}}', 1), "integers"),
+    "three offsets": (
+        header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}', 4),
+        "header is damaged",
+    ),
+    "a hole": (header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}', 8), "leaves a hole"),
+    "tensors that overlap": (
+        header(
+            b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},'
+            b' "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}',
+            6,
+        ),
+        "tensor b overlaps",
+    ),
+    "beyond the file": (header(b'{"rows": {"dtype": "U8", "shape": [99], "data_offsets": [0, 99]}}', 4), "truncated"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "too long": (header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', 7), "longer than"),
     "an endless header": (b"\xff" * 64, "not a safetensors file"),
 }
+
+
+def test_metadata_may_be_null_and_a_header_padded(tmp_path):
+    text = b'{"__metadata__": null, "rows": {"dtype": "U8", "shape": [4, 1], "data_offsets": [0, 4]}}  '
+    (tmp_path / "f").write_bytes(header(text, 4))
+    assert read_header(tmp_path / "f")[1] == {}
+    assert RowsFile.open(tmp_path / "f", "rows").num_rows == 4
+
+
+@pytest.mark.parametrize("shard", ["../model-1.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", 3, None])
+def test_an_index_leads_nowhere_else(tmp_path, shard):
+    sharded(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(ValueError, match=f"{INDEX}: x is said to lie in"):
+        RowsFile.open(tmp_path, "x")
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)

@@ -537,6 +537,11 @@ def rewrite(path: Path, *, arrays=None, **header) -> None:
     save_file(tensors if arrays is None else arrays, path, {"byrote": json.dumps(merged)})
 
 
+def about(path: Path, text: str) -> None:
+    """Give a file this text as its metadata."""
+    save_file({"rows": torch.ones(ROWS, WIDTH)}, path, {"byrote": text})
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -548,8 +553,16 @@ BAD_FILES = {
     "something else": (lambda path: path.write_text("{}" * 50), "truncated or not a (table|safetensors file)"),
     "any safetensors": (
         lambda path: save_file({"rows": torch.ones(ROWS, WIDTH)}, path),
-        "format_version None",
+        "no metadata 'byrote'",
     ),
+    "metadata that is no JSON": (lambda path: about(path, "{"), "metadata 'byrote' is damaged"),
+    "metadata that is a list": (lambda path: about(path, "[]"), "metadata 'byrote' is damaged"),
+    "metadata that is too deep": (lambda path: about(path, "[" * 200_000), "metadata 'byrote' is damaged"),
+    "a generation in words": (lambda path: rewrite(path, generation="x"), "generation must be int of 0 or more"),
+    "a negative generation": (lambda path: rewrite(path, generation=-1), "generation must be int of 0 or more"),
+    "rows that are a list": (lambda path: rewrite(path, num_rows=[4]), "num_rows must be int of 0 or more"),
+    "a codec that is a list": (lambda path: rewrite(path, codec=["fp32"]), "codec must be str"),
+    "no width": (lambda path: rewrite(path, width=0), "holds no rows"),
     "newer": (lambda path: rewrite(path, format_version=2), "format_version 2, this byrote reads 1"),
     "another codec": (lambda path: rewrite(path, codec="fp4"), "codec 'fp4'"),
     "another digest": (lambda path: rewrite(path, digest="e" * 64), "digest is e+, the model needs d+"),
@@ -591,6 +604,22 @@ BAD_STATES = {
     "row ids that leave the table": (
         lambda path: rewrite(path, arrays={"rows": torch.tensor([ROWS]), "moment": torch.ones(1, WIDTH)}),
         "leave the table",
+    ),
+    "a row twice": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1, 1]), "moment": torch.ones(2, WIDTH)}),
+        "row ids must ascend",
+    ),
+    "ids in two dimensions": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([[1]]), "moment": torch.ones(1, WIDTH)}),
+        "of row ids",
+    ),
+    "state in half": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1]), "moment": torch.ones(1, WIDTH).half()}),
+        "must be float32",
+    ),
+    "a state that is a number": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1]), "moment": torch.tensor(1.0)}),
+        "must be float32",
     ),
     "fewer entries than rows": (
         lambda path: rewrite(path, arrays={"rows": torch.tensor([1, 2]), "moment": torch.ones(1, WIDTH)}),

@@ -10,18 +10,22 @@ SHOWN = 20  # damaged blocks, one a line
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A table file, or any safetensors file.")],
+    file: Annotated[Path, typer.Argument(help="A table file, of ours or released.")],
     write: Annotated[bool, typer.Option("--write", help="Write the checksums of the file as it is now.")] = False,
 ) -> None:
     """Compare a file with the checksums beside it (FILE.sums), block by block.
 
     Names the damaged blocks and the rows in them. Exit status 1 if there are any.
+    With --write, what `byrote table info` refuses is refused.
     """
     from rich.progress import Progress
 
+    from byrote.cli.table.info import tables_of
     from byrote.tables.files import checksums
 
     console = Console()
+    if write:
+        tables_of(file)  # damage that is seen already gets no checksums
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(file.name, total=None)
         report = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731

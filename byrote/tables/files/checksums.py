@@ -15,7 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from byrote.tables.files.headers import BYTES, read_header
+from byrote.tables.files.headers import BYTES
+from byrote.tables.files.headers import check_fields
+from byrote.tables.files.headers import parse_object
+from byrote.tables.files.headers import read_header
 
 FORMAT_VERSION, ALGORITHM, DIGEST_BYTES = 1, "blake2b-16", 16
 BLOCK_BYTES = 1 << 20
@@ -80,15 +83,14 @@ def _read_sums(path: Path) -> tuple[int, int, list[str]]:
     source = sidecar(path)
     if not source.is_file():
         raise ValueError(f"{path} has no checksums beside it: byrote table verify --write {path} makes {source.name}")
-    try:
-        content = json.loads(source.read_text("utf-8"))
-        version, algorithm = content["format_version"], content["algorithm"]
-        size, block, blocks = int(content["file_bytes"]), int(content["block_bytes"]), list(content["blocks"])
-        whole = block > 0 and len(blocks) == -(-size // block)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} is damaged ({error!r}): take it from where the file came from") from None
+    content = parse_object(source.read_bytes(), str(source))
+    check_fields(content, {"format_version": int, "algorithm": str}, str(source))
+    version, algorithm = content["format_version"], content["algorithm"]
     if (version, algorithm) != (FORMAT_VERSION, ALGORITHM):
         raise ValueError(f"{source}: {algorithm} in version {version}, this byrote reads {ALGORITHM} in version 1")
+    check_fields(content, {"file_bytes": int, "block_bytes": int, "blocks": list}, str(source))
+    size, block, blocks = content["file_bytes"], content["block_bytes"], content["blocks"]
+    whole = block > 0 and len(blocks) == -(-size // block) and all(isinstance(digest, str) for digest in blocks)
     if not whole:
         raise ValueError(f"{source} is damaged: {len(blocks)} blocks of {block} bytes are no file of {size}")
     return size, block, blocks
@@ -96,12 +98,12 @@ def _read_sums(path: Path) -> tuple[int, int, list[str]]:
 
 def _digests(path: Path, size: int, block: int, report: Report) -> Iterator[str]:
     """Of each block of the first `size` bytes; one that ends early differs from any that does not."""
-    total, window = -(-size // block), 16 * THREADS
+    total, window, found = -(-size // block), 16 * THREADS, path.stat().st_size
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
 
         def digest(number: int) -> str:
-            wanted = min(block, size - number * block)
-            content = os.pread(file.fileno(), wanted, number * block)
+            end = min(size, block * (number + 1), found)  # a sidecar that is wrong asks for no memory
+            content = os.pread(file.fileno(), max(0, end - number * block), number * block)
             return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
 
         for begin in range(0, total, window):

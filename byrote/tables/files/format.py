@@ -23,11 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS
+from byrote.tables.files.headers import check_fields
+from byrote.tables.files.headers import parse_object
+from byrote.tables.files.headers import read_header
 from byrote.tables.files.checksums import discard
 from byrote.tables.table import RowState, check_row_ids
 
 FORMAT_VERSION = 1
-HEADER = ("digest", "generation", "num_rows", "width", "codec")
+HEADER = {"digest": str, "generation": int, "num_rows": int, "width": int, "codec": str}
 NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 Pieces = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]
 
@@ -48,12 +51,21 @@ def whole(tensor: Tensor) -> tuple[torch.dtype, torch.Size, Callable[[], Iterato
 
 def table_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The header of a table of ours, from the metadata of its file."""
-    header = json.loads(metadata.get("byrote", "{}"))
+    if "byrote" not in metadata:
+        raise ValueError(
+            f"{path}: its header has no metadata 'byrote', which says what table it is; a tool that saves tensors anew "
+            "leaves it out: take the file that save_pretrained wrote"
+        )
+    source = f"{path}: metadata 'byrote'"
+    header = parse_object(metadata["byrote"].encode(), source)
     if header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version")
         raise ValueError(f"{path}: table format_version {version}, this byrote reads {FORMAT_VERSION}")
     if missing := [name for name in HEADER if name not in header]:
         raise ValueError(f"{path}: the header lacks {missing}; write tables with save_pretrained or Table.save")
+    check_fields(header, HEADER, source)
+    if not header["num_rows"] or not header["width"]:
+        raise ValueError(f"{source} is damaged: a table of [{header['num_rows']}, {header['width']}] holds no rows")
     if header["codec"] not in CODECS:
         raise ValueError(f"{path}: codec {header['codec']!r}, this byrote reads {sorted(CODECS)}")
     return header
@@ -73,9 +85,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(header, tensors) of a file; ValueError where it is absent, truncated or not of a table."""
     if not path.is_file():
         raise ValueError(f"{path}: no such table file")
+    header = table_header(path, read_header(path)[1])
     try:
         with safe_open(path, framework="pt") as file:
-            header = table_header(path, file.metadata() or {})
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a table ({error})") from error
@@ -90,11 +102,32 @@ def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
                 f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
                 "take rows and row state from one checkpoint"
             )
-    rows = arrays.pop("rows", torch.zeros(1))
-    check_row_ids(rows, table.num_rows)
-    if {array.shape[0] for array in arrays.values()} - {rows.numel()}:
-        raise ValueError(f"{path}: {sorted(arrays)} must have {rows.numel()} entries, one for each of its rows")
+    rows = row_ids(path, arrays, table.num_rows)
+    for name, array in arrays.items():
+        if array.dtype != torch.float32 or array.shape[:1] != rows.shape:
+            raise ValueError(
+                f"{path}: row state {name!r} must be float32 with {len(rows)} entries, one for each of its rows, got "
+                f"{array.dtype} {list(array.shape)}"
+            )
     return rows, arrays
+
+
+def row_ids(path: Path, arrays: dict[str, Tensor], num_rows: int) -> Tensor:
+    """Take the ids `rows` [U] of a table of `num_rows` rows out of `arrays`; ValueError unless they ascend."""
+    if "rows" not in arrays or arrays["rows"].dim() != 1:
+        raise ValueError(f"{path}: there must be a tensor 'rows' [U] of row ids; it holds {sorted(arrays)}")
+    rows = arrays.pop("rows")
+    try:
+        check_row_ids(rows, num_rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if unordered := (rows[1:] <= rows[:-1]).nonzero().flatten().tolist():
+        at = unordered[0]
+        raise ValueError(
+            f"{path}: row ids must ascend and be unique, but entries {at} and {at + 1} are {int(rows[at])} and "
+            f"{int(rows[at + 1])}; take the file as it was written"
+        )
+    return rows
 
 
 def stream(path: Path, arrays: Mapping[str, Pieces], header: dict[str, Any]) -> None:

@@ -14,8 +14,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from byrote.tables.headers import check_fields, parse_object
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:
@@ -30,16 +33,18 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-def read_json(path: Path, version: int, hint: str) -> dict[str, Any]:
-    """An object of that format_version; ValueError where it is none, with the hint where nothing is there."""
+def read_json(path: Path, version: int, kinds: Mapping[str, type], hint: str) -> dict[str, Any]:
+    """An object of that format_version with fields of these kinds; ValueError where it is none, with the hint where
+    nothing is there.
+    """
     try:
-        content = json.loads(path.read_text())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: {hint}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict) or content.get("format_version") != version:
+    content = parse_object(text, str(path))
+    if content.get("format_version") != version:
         raise ValueError(f"{path} is damaged, or of another format_version than {version}")
+    check_fields(content, kinds, str(path))
     return content
 
 

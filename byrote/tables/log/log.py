@@ -33,6 +33,7 @@ from byrote.tables.log.index import DirtyRows, LiveRecords
 from byrote.tables.log.segments import Damaged, Segments
 
 FORMAT_VERSION = 1
+HEADER = {"num_rows": int, "record_bytes": int, "digest": str, "base": str}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -89,7 +90,7 @@ class RowLog:
     ) -> RowLog:  # fmt: skip
         """The state of a committed generation (the last unless given). Without `lock`, for reading."""
         missing = "no log; was the run folder moved or its tables/ deleted?"
-        header = disk.read_json(folder / "log.json", FORMAT_VERSION, missing)
+        header = disk.read_json(folder / "log.json", FORMAT_VERSION, HEADER, missing)
         for name, wanted in (("num_rows", num_rows), ("record_bytes", record_bytes), ("digest", digest)):
             if wanted is not None and header[name] != wanted:
                 raise ValueError(

@@ -29,10 +29,14 @@ def generations(folder: Path) -> list[int]:
 def read(folder: Path, generation: int) -> list[tuple[int, int]]:
     """(segment, bytes), ascending."""
     path = _path(folder, generation)
-    content = disk.read_json(path, FORMAT_VERSION, "no such generation")
-    if content.pop("crc", None) != _crc(content):
+    content = disk.read_json(path, FORMAT_VERSION, {"segments": list, "crc": int}, "no such generation")
+    if content.pop("crc") != _crc(content) or not all(map(_is_part, content["segments"])):
         raise ValueError(f"{path} is damaged; open another generation of {generations(folder)}")
     return [(segment, length) for segment, length in content["segments"]]
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, list) and len(part) == 2 and all(type(number) is int and number >= 0 for number in part)
 
 
 def write(folder: Path, generation: int, segments: Iterable[tuple[int, int]]) -> None:

@@ -23,17 +23,28 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import chance
-from byrote.tables.files.format import FORMAT_VERSION, header_of, load_state_file, stream
-from byrote.tables.files.rows import sample
-from byrote.tables.log import disk
-from byrote.tables.log.log import RowLog
-from byrote.tables.log.record import Record
-from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.placements.file import FileTable
+from byrote.tables.files.headers import check_fields
+from byrote.tables.files.headers import parse_object
+from byrote.tables.log import HEADER
+from byrote.tables.log import RowLog
+from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
 from byrote.tables.placements.ram import RamTable
-from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
+from byrote.tables.log.record import Record
+from byrote.tables.files.rows import sample
+from byrote.tables.files.format import FORMAT_VERSION
+from byrote.tables.files.format import header_of
+from byrote.tables.files.format import load_state_file
+from byrote.tables.table import RowState
+from byrote.tables.table import StateFields
+from byrote.tables.table import check_row_ids
+from byrote.tables.files.format import stream
+from byrote.tables.log import disk
+from byrote.tables.placements.copied import CopiedTable
+from byrote.tables.table import Followers
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
+POINTER = {"log": str, "generation": int, "committed": int}
 
 
 def open_base(path: Path) -> Any:
@@ -43,10 +54,18 @@ def open_base(path: Path) -> Any:
 
 def read_pointer(path: Path) -> dict[str, Any]:
     """What `checkpoint` wrote."""
-    pointer = disk.read_json(path, FORMAT_VERSION, "no such pointer")
-    if missing := {"log", "generation", "committed"} - pointer.keys():
-        raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}; take another checkpoint")
-    return pointer
+    return disk.read_json(path, FORMAT_VERSION, POINTER, "no such pointer")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What `create` wrote of the base: path, codec, fields."""
+    path = folder / "log.json"
+    about = parse_object(disk.read_json(path, LOG_VERSION, HEADER, "no log")["base"].encode(), str(path))
+    check_fields(about, {"path": str, "codec": str, "fields": dict}, str(path))
+    for name, shape in about["fields"].items():
+        if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"{path} is damaged (the shape of rule state {name!r} is {shape!r}); copy it again")
+    return about
 
 
 class LoggedTable:
@@ -81,7 +100,7 @@ class LoggedTable:
                 f"{path} points to the log {folder}, which is not there: a checkpoint of a file-table run is good "
                 "only in its run folder; model.save_pretrained makes a folder that stands alone"
             )
-        about = json.loads(json.loads((folder / "log.json").read_text())["base"])
+        about = _about(folder)
         base = open_base(Path(os.path.abspath(folder / about["path"])))
         if (base.num_rows, base.width, base.digest) != (num_rows, width, digest):
             raise ValueError(

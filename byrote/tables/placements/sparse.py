@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
-from byrote.tables.files.format import header_of, load, stream, whole
-from byrote.tables.records import decode, scatter
 from byrote.tables.row_map import RowMap
+from byrote.tables.files.format import header_of
+from byrote.tables.files.format import load
+from byrote.tables.files.format import row_ids
+from byrote.tables.files.format import whole
+from byrote.tables.files.format import stream
+from byrote.tables.records import decode
+from byrote.tables.records import scatter
 from byrote.tables.table import check_row_ids
 
 
@@ -80,28 +85,18 @@ class SparseRows:
                     "the overlay was made for another address spec or config"
                 )
         top = cls(num_rows, width, digest=digest, codec=header["codec"])
-        if missing := {"rows", "values"} - set(arrays):
-            raise ValueError(f"{path}: no tensor {sorted(missing)}; an overlay is written by SparseRows.save")
-        rows, values = arrays["rows"], arrays["values"]
+        if "values" not in arrays:
+            raise ValueError(f"{path}: no tensor 'values'; an overlay is written by SparseRows.save")
+        rows, values = row_ids(path, arrays, num_rows), arrays["values"]
         shape = [rows.numel(), top._stored]
-        if values.dtype != top._dtype or list(values.shape) != shape or rows.dim() != 1:
+        if values.dtype != top._dtype or list(values.shape) != shape:
             raise ValueError(
                 f"{path}: tensor 'values' must be {top._dtype} {shape}, for 'rows' {list(rows.shape)} in codec "
                 f"{top.codec}, got {values.dtype} {list(values.shape)}"
             )
-        try:
-            check_row_ids(rows, num_rows)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if unordered := (rows[1:] <= rows[:-1]).nonzero().flatten().tolist():
-            at = unordered[0]
-            raise ValueError(
-                f"{path}: row ids must ascend and be unique, but entries {at} and {at + 1} are {int(rows[at])} and "
-                f"{int(rows[at + 1])}; write overlays with SparseRows.save"
-            )
         if rows.numel():
             top._put(rows, values.view(torch.uint8))
-        top.generation = int(header["generation"])
+        top.generation = header["generation"]
         return top
 
     def _put(self, rows: Tensor, records: Tensor) -> Tensor:
