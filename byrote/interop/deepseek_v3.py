@@ -30,7 +30,7 @@ from transformers import DeepseekV3Config, GenerationConfig
 from byrote.interop.deepseek_v3_config import from_deepseek_v3_config, to_deepseek_v3_config
 from byrote.interop.shards import read_names, read_shards, write_shards
 from byrote.models.engram import EngramConfig, EngramForCausalLM
-from byrote.tables.headers import parse_object
+from byrote.tables.files.headers import parse_object
 
 ATTENTION = {
     "q_proj": "q_proj",

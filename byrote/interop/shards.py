@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byrote.tables.headers import INDEX, WHOLE, weight_map
+from byrote.tables.files.headers import INDEX, WHOLE, weight_map
 
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:

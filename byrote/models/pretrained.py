@@ -21,12 +21,11 @@ from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.tables import RamTable, Table
-from byrote.tables.placements.cached import CachedTable
-from byrote.tables.placements.cached import num_bytes
 from byrote.tables.files.checksums import write_sums
+from byrote.tables.files.headers import check_weights
+from byrote.tables.placements.cached import CachedTable, num_bytes
 from byrote.tables.placements.device import accelerator
 from byrote.tables.placements.file import FileTable
-from byrote.tables.files.headers import check_weights
 from byrote.tables.placements.logged import LoggedTable
 from byrote.tables.placements.pinned import check_gpu
 

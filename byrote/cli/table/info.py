@@ -9,6 +9,7 @@ from rich.console import Console
 
 OURS = "table-*.safetensors"
 
+
 def info(
     path: Annotated[Path, typer.Argument(help="A table file, a model folder, or a run folder.")],
 ) -> None:
@@ -32,11 +33,11 @@ def tables_of(path: Path) -> list[tuple[str, list[str]]]:
 
 
 def _tables(path: Path) -> Iterator[tuple[str, list[str]]]:
-    from byrote.cli.models import model_folder
-    from byrote.tables.file import FileTable
-    from byrote.tables.headers import INDEX, WHOLE, read_header
-    from byrote.tables.logged import read_pointer
-    from byrote.tables.released import released_tables
+    from byrote.cli.load import model_folder
+    from byrote.tables.files.headers import INDEX, WHOLE, read_header
+    from byrote.tables.files.released import released_tables
+    from byrote.tables.placements.file import FileTable
+    from byrote.tables.placements.logged import read_pointer
 
     if path.is_file():
         if "byrote" in read_header(path)[1] or path.match(OURS):

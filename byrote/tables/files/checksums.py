@@ -15,10 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from byrote.tables.files.headers import BYTES
-from byrote.tables.files.headers import check_fields
-from byrote.tables.files.headers import parse_object
-from byrote.tables.files.headers import read_header
+from byrote.tables.files.headers import BYTES, check_fields, parse_object, read_header
 
 FORMAT_VERSION, ALGORITHM, DIGEST_BYTES = 1, "blake2b-16", 16
 BLOCK_BYTES = 1 << 20

@@ -23,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS
-from byrote.tables.files.headers import check_fields
-from byrote.tables.files.headers import parse_object
-from byrote.tables.files.headers import read_header
 from byrote.tables.files.checksums import discard
+from byrote.tables.files.headers import check_fields, parse_object, read_header
 from byrote.tables.table import RowState, check_row_ids
 
 FORMAT_VERSION = 1

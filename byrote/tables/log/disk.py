@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from byrote.tables.headers import check_fields, parse_object
+from byrote.tables.files.headers import check_fields, parse_object
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:

@@ -23,25 +23,17 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import chance
-from byrote.tables.placements.file import FileTable
-from byrote.tables.files.headers import check_fields
-from byrote.tables.files.headers import parse_object
-from byrote.tables.log import HEADER
-from byrote.tables.log import RowLog
-from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
-from byrote.tables.placements.ram import RamTable
-from byrote.tables.log.record import Record
+from byrote.tables.files.format import FORMAT_VERSION, header_of, load_state_file, stream
+from byrote.tables.files.headers import check_fields, parse_object
 from byrote.tables.files.rows import sample
-from byrote.tables.files.format import FORMAT_VERSION
-from byrote.tables.files.format import header_of
-from byrote.tables.files.format import load_state_file
-from byrote.tables.table import RowState
-from byrote.tables.table import StateFields
-from byrote.tables.table import check_row_ids
-from byrote.tables.files.format import stream
-from byrote.tables.log import disk
+from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
+from byrote.tables.log import HEADER, disk
+from byrote.tables.log.log import RowLog
+from byrote.tables.log.record import Record
 from byrote.tables.placements.copied import CopiedTable
-from byrote.tables.table import Followers
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.ram import RamTable
+from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 POINTER = {"log": str, "generation": int, "committed": int}

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
+from byrote.tables.files.format import header_of, load, row_ids, stream, whole
+from byrote.tables.records import decode, scatter
 from byrote.tables.row_map import RowMap
-from byrote.tables.files.format import header_of
-from byrote.tables.files.format import load
-from byrote.tables.files.format import row_ids
-from byrote.tables.files.format import whole
-from byrote.tables.files.format import stream
-from byrote.tables.records import decode
-from byrote.tables.records import scatter
 from byrote.tables.table import check_row_ids
 
 
