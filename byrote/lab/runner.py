@@ -33,7 +33,7 @@ from byrote.lab.controls import CONTROLS
 from byrote.lab.plan import Cell, Variant, cells, differences
 from byrote.lab.table import Results, markdown, rows
 from byrote.models.families import count
-from byrote.train.checkpoint import PREFIX, checkpoints
+from byrote.train.checkpoint import checkpoints, step_of
 from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics
 from byrote.train.run import FREE, config_of, make_trainer, prepare_data
@@ -116,7 +116,7 @@ def run_cell(folder: Path, keep: bool) -> None:
     recipe = Recipe.from_dict(cell["recipe"])
     data, meta = prepare_data(recipe, lambda what, done, total: None)
     found = checkpoints(folder)
-    if not found or int(found[-1].name.removeprefix(PREFIX)) < recipe.train.steps:
+    if not found or (step_of(found[-1]) or 0) < recipe.train.steps:
         if not found:
             (folder / "recipe.json").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         trainer = make_trainer(recipe, folder, data, meta, resume=bool(found))
