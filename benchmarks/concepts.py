@@ -29,13 +29,12 @@ from byrote.lab.statistics import Summary, paired, summarize
 from byrote.lab.table import Results
 from byrote.models.families import config_class, count
 from byrote.train.checkpoint import latest
-from byrote.train.config import Recipe
+from byrote.train.config import RECIPES, Recipe
 from byrote.train.metrics import read_metrics
 from byrote.train.run import data_folder
 
 Folders = dict[tuple[str, int], Path]
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = ["train.steps=3", "train.batch_size=2", "train.warmup=1", "train.eval_batches=1", "train.eval_every=0"]
 QUICK += ["data.length=64", "train.log_every=1"]
 TOLERANCE = 0.01  # of FLOPs per token

@@ -16,8 +16,8 @@ from pathlib import Path
 from byrote.lab.plan import plan
 from byrote.lab.runner import run_lab
 from byrote.lab.table import markdown, rows
+from byrote.train.config import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = {"model.preset": '"nano"', "data.length": "64", "data.vocab_size": "1024", "train.steps": "3"}
 QUICK |= {
     "model.num_hidden_layers": "6",

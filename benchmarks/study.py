@@ -21,8 +21,8 @@ from pathlib import Path
 from byrote.lab.plan import plan
 from byrote.lab.runner import run_lab
 from byrote.lab.table import markdown, rows
+from byrote.train.config import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = {
     "moe": f"{RECIPES}/tiny-moe.toml",
     "engram": f"{RECIPES}/tiny-engram.toml",

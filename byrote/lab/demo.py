@@ -20,12 +20,11 @@ from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.gates import record, to_html, to_terminal
 from byrote.models.counts import Counts
 from byrote.models.families import count
-from byrote.train.config import Recipe
+from byrote.train.config import RECIPES, Recipe
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.run import config_of, prepare_data, train
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
 NAMES = {"total": "total parameters", "active": "active parameters", "flops_per_token": "FLOPs per token"}

@@ -79,7 +79,7 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Under another name first: what is left if this is stopped half-way is no checkpoint, and the next save clears it."""
+    """Under another name first: what a stop half-way leaves is no checkpoint, and the next save clears it."""
     shutil.rmtree(folder.rename(_partial(folder)))
 
 
