@@ -30,13 +30,13 @@ from byrote.lab.studies.statistics import Summary, paired, summarize
 from byrote.models.counts import count
 from byrote.models.families import config_class
 from byrote.train.checkpoint import latest
+from byrote.train.recipe import RECIPES
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
 from byrote.train.run import data_folder
 
 Folders = dict[tuple[str, int], Path]
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = ["train.steps=3", "train.batch_size=2", "train.warmup=1", "train.eval_batches=1", "train.eval_every=0"]
 QUICK += ["data.length=64", "train.log_every=1"]
 TOLERANCE = 0.01  # of FLOPs per token

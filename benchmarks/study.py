@@ -19,10 +19,11 @@ import json
 from pathlib import Path
 
 from byrote.lab.studies.plan import plan
-from byrote.lab.studies.report import markdown, rows
 from byrote.lab.studies.runner import run_lab
+from byrote.lab.studies.report import markdown
+from byrote.lab.studies.report import rows
+from byrote.train.recipe import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = {
     "moe": f"{RECIPES}/tiny-moe.toml",
     "engram": f"{RECIPES}/tiny-engram.toml",

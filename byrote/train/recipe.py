@@ -3,19 +3,24 @@
     [model]  preset, and any field of its config        [data]  what to read       [train]  how to train
 
 `key.path=value` overrides one key, with a TOML value: model.hidden_size=96 data.corpus="prose"
-train.steps=200 (a bare word that is no TOML value is taken as a string).
+train.steps=200. Python's True, False and None are read too; any other bare word is a string. All fields are checked
+when a recipe is read, those of the model against the types that its config declares (byrote.train.fields).
 """
 
 import dataclasses
-import difflib
 import json
+import sys
 import tomllib
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from byrote.data.prepare import Options
+from byrote.train.fields import check_names, check_value, parse
+
+RECIPES = Path(__file__).with_name("recipes")
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,30 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"data.length is {self.length}; a row needs at least 2 tokens")
+        if not self.tokenizer and self.vocab_size < 256 + 3:
+            raise ValueError(f"data.vocab_size is {self.vocab_size}; 256 bytes and 3 specials need at least 259")
+        _ = self.options  # which has checks of its own
 
     @property
     def options(self) -> Options:
         return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
+
+
+LARGEST = sys.float_info.max
+# Of numbers: the least and the most. Torch cannot start more than some thousand threads, and says so by a crash.
+RANGES: dict[str, tuple[float, float]] = dict.fromkeys(("steps", "batch_size", "keep", "log_every"), (1, LARGEST))
+RANGES |= dict.fromkeys(("micro_batch_size", "warmup", "eval_every", "eval_batches", "checkpoint_every"), (0, LARGEST))
+RANGES |= dict.fromkeys(("learning_rate", "row_rate", "muon_rate", "weight_decay", "epsilon", "clip"), (0, LARGEST))
+RANGES |= dict.fromkeys(("final_rate", "read_ahead", "max_seconds", "sample_tokens"), (0, LARGEST))
+RANGES |= {"decay": (0, 1), "threads": (0, 1024), "seed": (0, 2**63 - 1)}
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "row_rule": ("adam", "adagrad", "sinkhorn"),
+    "muon_coefficients": ("hybrid", "jordan"),
+    "schedule": ("cosine", "constant", "step", "wsd"),
+    "precision": ("float32", "bfloat16"),
+    "placement": ("host", "pinned", "device", "file", "sharded"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,40 +105,28 @@ class TrainRecipe:
     read_ahead: int = 4  # batches
     device: str = "auto"  # or "cpu", "cuda": what the dense part runs on; auto takes a GPU that is there
     threads: int = 0  # of torch; 0: as it is
-    max_seconds: float = 0.0  # stop cleanly after so long; 0: off. Where it stops depends on the machine
+    max_seconds: float = 0.0  # of training in this call: then stop cleanly; 0: off. Where depends on the machine
     prompt: str = ""  # of the sample at the end; the beginning of a validation document unless given
-    sample_tokens: int = 80
+    sample_tokens: int = 80  # 0: the prompt alone
 
     def __post_init__(self) -> None:
-        at_least = {
-            "steps": 1,
-            "batch_size": 1,
-            "keep": 1,
-            "log_every": 1,
-            "warmup": 0,
-            "micro_batch_size": 0,
-        }
-        at_least |= {"eval_every": 0, "eval_batches": 0, "checkpoint_every": 0, "read_ahead": 0, "threads": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name, allowed in {
-            "optimizer": ("adamw", "muon"),
-            "row_rule": ("adam", "adagrad", "sinkhorn"),
-            "muon_coefficients": ("hybrid", "jordan"),
-            "schedule": ("cosine", "constant", "step", "wsd"),
-            "precision": ("float32", "bfloat16"),
-            "placement": ("host", "pinned", "device", "file", "sharded"),
-        }.items():
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # nor is NaN
+                bound = f"from {least} to {most}" if most < LARGEST else f"at least {least}, and finite"
+                raise ValueError(f"train.{name} is {value}; it must be {bound}")
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas is {self.betas}; each is at least 0 and below 1, such as [0.9, 0.95]")
+        if self.epsilon <= 0:
+            raise ValueError(f"train.epsilon is {self.epsilon}; it must be above 0, such as 1e-8")
         if self.placement == "sharded" and self.row_rule == "sinkhorn":
             raise ValueError(
                 'train.row_rule is "sinkhorn", which balances rows with one another: under train.placement "sharded" '
                 'a process has its own rows only; use "adam" or "adagrad"'
             )
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"train.decay is {self.decay}; it is a share of the steps, from 0 to 1")
         for name, example in {"step_at": "[0.8, 0.9]", "mtp_weight_at": "[0.68]"}.items():
             shares = getattr(self, name)
             if list(shares) != sorted(shares) or not all(0 <= at <= 1 for at in shares):
@@ -128,8 +141,9 @@ class TrainRecipe:
                 f"train.mtp_weights has {len(self.mtp_weights)} entries and train.mtp_weight_at "
                 f"{len(self.mtp_weight_at)}; give a weight to begin with and one for each place where it changes"
             )
-        if min(self.mtp_weights) < 0:
-            raise ValueError(f"train.mtp_weights is {self.mtp_weights}; a weight is 0 or more")
+        for name in ("mtp_weights", "step_shares"):
+            if not all(0 <= weight < LARGEST for weight in getattr(self, name)):
+                raise ValueError(f"train.{name} is {getattr(self, name)}; each is 0 or more, and finite")
 
 
 @dataclass(frozen=True)
@@ -140,27 +154,23 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> "Recipe":
-        """Read a recipe (.toml, or the recipe.json of a run folder) and apply `key.path=value` overrides."""
-        if not path.exists():
-            raise ValueError(f"no recipe {path}; the ones that come with byrote are in recipes/")
-        try:
-            content = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a recipe: {error}") from error
+        """Read a recipe (.toml, or the recipe.json of a run folder) and apply `key.path=value` overrides.
+
+        Where there is no such file, `path` may be the name of a recipe that comes with byrote: nano, controls/bigram.
+        """
+        content = _read(path)
         for override in overrides:
             _apply(content, override)
         return cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Recipe":
-        _check(content, ("model", "data", "train"), "")
+        check_names(content, ("model", "data", "train"), "")
         for name, section in content.items():
             if not isinstance(section, dict):
                 raise ValueError(f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE")
-        model = dict(content.get("model", {}))
-        _check(model, ("preset", *model_fields(model.get("preset", ModelRecipe.preset))), "model.")
         parts = {name: _section(kind, content.get(name, {}), name) for name, kind in _SECTIONS.items()}
-        return cls(ModelRecipe(model.pop("preset", ModelRecipe.preset), model), **parts)
+        return cls(_model(content.get("model", {})), **parts)
 
     def to_dict(self) -> dict[str, Any]:
         content = {name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS}
@@ -173,36 +183,57 @@ class Recipe:
 _SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}
 
 
-def model_fields(preset: str) -> list[str]:
-    """The fields of the preset's config that a recipe may set; those of the vocabulary come from the tokenizer."""
+def model_fields(preset: str) -> dict[str, Any]:
+    """Fields of the preset's config that a recipe may set, and their types; those of the vocabulary follow from the
+    tokenizer.
+    """
     from byrote.models.families import config_class
 
-    return [name for name in config_class(preset).own_fields() if name not in ("address", "vocab_size")]
+    kind = config_class(preset)
+    types = typing.get_type_hints(kind)
+    return {name: types[name] for name in kind.own_fields() if name not in ("address", "vocab_size")}
+
+
+def _model(content: dict[str, Any]) -> ModelRecipe:
+    overrides = {**content}
+    preset = overrides.pop("preset", ModelRecipe.preset)
+    check_value("model.preset", preset, str)
+    if "vocab_size" in overrides:
+        raise ValueError("model.vocab_size follows from the tokenizer: set data.vocab_size, or data.tokenizer")
+    fields = model_fields(preset)
+    check_names(overrides, ("preset", *fields), "model.")
+    for key, value in overrides.items():
+        check_value(f"model.{key}", value, fields[key])
+    return ModelRecipe(preset, overrides)
 
 
 def _section(kind: Any, content: dict[str, Any], name: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    _check(content, fields, f"{name}.")
+    fields, wanted = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    check_names(content, fields, f"{name}.")
     values = {}
     for key, value in content.items():
         default = fields[key].default
-        if isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(default):
-            raise ValueError(f"{name}.{key} is {value!r}; it must be a {type(default).__name__}, like {default!r}")
-        values[key] = value
+        check_value(f"{name}.{key}", value, wanted[key], f", like {default!r}")
+        kinds = {tuple: tuple, float: float}  # TOML has lists, and whole numbers without a point
+        values[key] = kinds.get(type(default), lambda same: same)(value)
     return kind(**values)
 
 
-def _check(content: Iterable[str], known: Iterable[str], prefix: str) -> None:
-    known = list(known)
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}."
-            raise ValueError(f"unknown key {prefix}{key}: {hint}")
+def _read(path: Path) -> dict[str, Any]:
+    known = {named.relative_to(RECIPES).with_suffix("").as_posix(): named for named in sorted(RECIPES.rglob("*.toml"))}
+    file = path if path.is_file() else known.get(path.as_posix(), path)
+    if not file.is_file():
+        raise ValueError(
+            f"no recipe {path}: give a file, or the name of one that comes with byrote: {', '.join(known)}"
+        )
+    try:
+        text = file.read_text("utf-8")
+        content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a recipe: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a recipe: it holds no sections")
+    return content
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -210,8 +241,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     *sections, key = path.split(".")
     if not equals or len(sections) != 1:
         raise ValueError(f"{override!r} is no override; write section.key=value, such as train.steps=200")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    content.setdefault(sections[0], {})[key] = value
+    section = content.setdefault(sections[0], {})
+    if isinstance(section, dict):  # what is none is refused with the rest of the recipe
+        section[key] = parse(text)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 def run(
-    recipes: Annotated[list[str], typer.Argument(help="[NAME=]FILE[@CONTROL] ...")],
+    recipes: Annotated[list[str], typer.Argument(help="[NAME=]RECIPE[@CONTROL] ...")],
     seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
     sets: Annotated[list[str] | None, typer.Option("--set", help="section.key=a,b; may be repeated.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, a thread each.")] = 1,
@@ -18,7 +18,7 @@ def run(
     """Train recipes x values x seeds; print one table of paired differences.
 
     \b
-    byrote lab run recipes/nano.toml --set train.learning_rate=1e-3,3e-3
+    byrote lab run nano --set train.learning_rate=1e-3,3e-3
     Run again, it goes on: what is done is not run again. CONTROL: one-row.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -17,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from byrote.data.tokenizer import load_tokenizer
-from byrote.lab.inspect.gates import record, to_html, to_terminal
-from byrote.models.counts import Counts, count
+from byrote.lab.inspect.gates import record
+from byrote.lab.inspect.gates import to_html
+from byrote.lab.inspect.gates import to_terminal
+from byrote.models.counts import Counts
+from byrote.train.recipe import RECIPES
+from byrote.models.counts import count
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.recipe import Recipe
 from byrote.train.run import config_of, prepare_data, train
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
 NAMES = {"total": "total parameters", "active": "active parameters", "flops_per_token": "FLOPs per token"}

@@ -30,10 +30,16 @@ from typing import Any
 
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.studies.controls import CONTROLS
-from byrote.lab.studies.plan import Cell, Variant, cells, differences
-from byrote.lab.studies.report import Results, markdown, rows
+from byrote.lab.studies.plan import Cell
+from byrote.lab.studies.plan import Variant
+from byrote.lab.studies.plan import cells
+from byrote.lab.studies.plan import differences
+from byrote.lab.studies.report import Results
+from byrote.lab.studies.report import markdown
+from byrote.lab.studies.report import rows
+from byrote.train.checkpoint import checkpoints
+from byrote.train.checkpoint import step_of
 from byrote.models.counts import count
-from byrote.train.checkpoint import PREFIX, checkpoints
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
 from byrote.train.run import FREE, config_of, make_trainer, prepare_data
@@ -116,7 +122,7 @@ def run_cell(folder: Path, keep: bool) -> None:
     recipe = Recipe.from_dict(cell["recipe"])
     data, meta = prepare_data(recipe, lambda what, done, total: None)
     found = checkpoints(folder)
-    if not found or int(found[-1].name.removeprefix(PREFIX)) < recipe.train.steps:
+    if not found or (step_of(found[-1]) or 0) < recipe.train.steps:
         if not found:
             (folder / "recipe.json").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         trainer = make_trainer(recipe, folder, data, meta, resume=bool(found))
