@@ -30,9 +30,8 @@ from byrote.lab.studies.statistics import Summary, paired, summarize
 from byrote.models.counts import count
 from byrote.models.families import config_class
 from byrote.train.checkpoint import latest
-from byrote.train.recipe import RECIPES
 from byrote.train.metrics import read_metrics
-from byrote.train.recipe import Recipe
+from byrote.train.recipe import RECIPES, Recipe
 from byrote.train.run import data_folder
 
 Folders = dict[tuple[str, int], Path]

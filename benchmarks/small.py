@@ -14,9 +14,8 @@ import sysconfig
 from pathlib import Path
 
 from byrote.lab.studies.plan import plan
+from byrote.lab.studies.report import markdown, rows
 from byrote.lab.studies.runner import run_lab
-from byrote.lab.studies.report import markdown
-from byrote.lab.studies.report import rows
 from byrote.train.recipe import RECIPES
 
 QUICK = {"model.preset": '"nano"', "data.length": "64", "data.vocab_size": "1024", "train.steps": "3"}

@@ -19,9 +19,8 @@ import json
 from pathlib import Path
 
 from byrote.lab.studies.plan import plan
+from byrote.lab.studies.report import markdown, rows
 from byrote.lab.studies.runner import run_lab
-from byrote.lab.studies.report import markdown
-from byrote.lab.studies.report import rows
 from byrote.train.recipe import RECIPES
 
 MODELS = {

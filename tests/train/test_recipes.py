@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from byrote.models.families import PRESETS
-from byrote.models.families import config_class
-from byrote.train.recipe import RECIPES
-from byrote.train.recipe import Recipe
-from byrote.train.recipe import TrainRecipe
-from byrote.train.recipe import model_fields
-from byrote.train.fields import fits
-from byrote.train.fields import parse
+from byrote.models.families import PRESETS, config_class
+from byrote.train.fields import fits, parse
+from byrote.train.recipe import RECIPES, Recipe, TrainRecipe, model_fields
 
 RECIPE = """
 [model]

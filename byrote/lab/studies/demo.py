@@ -17,15 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from byrote.data.tokenizer import load_tokenizer
-from byrote.lab.inspect.gates import record
-from byrote.lab.inspect.gates import to_html
-from byrote.lab.inspect.gates import to_terminal
-from byrote.models.counts import Counts
-from byrote.train.recipe import RECIPES
-from byrote.models.counts import count
+from byrote.lab.inspect.gates import record, to_html, to_terminal
+from byrote.models.counts import Counts, count
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
-from byrote.train.recipe import Recipe
+from byrote.train.recipe import RECIPES, Recipe
 from byrote.train.run import config_of, prepare_data, train
 
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}

@@ -30,16 +30,10 @@ from typing import Any
 
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.studies.controls import CONTROLS
-from byrote.lab.studies.plan import Cell
-from byrote.lab.studies.plan import Variant
-from byrote.lab.studies.plan import cells
-from byrote.lab.studies.plan import differences
-from byrote.lab.studies.report import Results
-from byrote.lab.studies.report import markdown
-from byrote.lab.studies.report import rows
-from byrote.train.checkpoint import checkpoints
-from byrote.train.checkpoint import step_of
+from byrote.lab.studies.plan import Cell, Variant, cells, differences
+from byrote.lab.studies.report import Results, markdown, rows
 from byrote.models.counts import count
+from byrote.train.checkpoint import checkpoints, step_of
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
 from byrote.train.run import FREE, config_of, make_trainer, prepare_data
