@@ -4,7 +4,8 @@
     decode(records [R, B], ids [N], codec, out [N, W]) out[i] = the float32 values of records[ids[i]]
     scatter(records [R, B], ids [N], new [N, B])       records[ids[i]] = new[i]
     copy(addresses [N], out [N, B])                    out[i] = the B bytes at an address of this process
-    sum_rows(values [M, W], order [M], ends [U])       [U, W]: sums of values[order[j]], ends[i - 1] <= j < ends[i]
+    sum_runs(values [M, W], order [M], ends [U])       [U, W]: sums of values[order[j]], ends[i - 1] <= j < ends[i]
+    sum_rows(rows [M], values [M, W])                  sums of the values of equal rows, by the one above
 
 Records are uint8, ids int64, values float32, all contiguous and in host memory. The caller has checked that the ids
 are in range: a compiled loop reads whatever address it is given. Fast and plain give the same bits.
@@ -85,24 +86,36 @@ def copy_twin(addresses: Tensor, out: Tensor) -> None:
         ctypes.memmove(row.data_ptr(), address, len(row))
 
 
-def sum_rows(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def sum_runs(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Sums [U, W] of values[order[j]] for ends[i - 1] <= j < ends[i], added in that order; which of them are not all 0.
 
     `ends` [U] ascends to len(order), and no sum is empty. On any device.
     """
     if not numba_is_there() or values.device.type != "cpu" or values.dtype != torch.float32 or not len(ends):
-        return sum_rows_twin(values, order, ends)
+        return sum_runs_twin(values, order, ends)
     assert all(array.is_contiguous() for array in (values, order, ends))
     sums, nonzero = values.new_empty(len(ends), values.shape[1]), torch.empty(len(ends), dtype=torch.bool)
     places = values.data_ptr(), order.data_ptr(), ends.data_ptr()
-    _loops().sum_rows(*places, *sums.shape, sums.data_ptr(), nonzero.numpy())
+    _loops().sum_runs(*places, *sums.shape, sums.data_ptr(), nonzero.numpy())
     return sums, nonzero
 
 
-def sum_rows_twin(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def sum_runs_twin(values: Tensor, order: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])[: len(ends)]
     sums = F.embedding_bag(order, values, begins, mode="sum")
     return sums, sums.any(dim=1)
+
+
+def sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the values [M, W] of equal row ids [M] -> ascending unique ids [U], sums [U, W], which are not all zero [U].
+
+    The sort is stable and each sum runs in the order of occurrence, so equal input gives equal bits.
+    """
+    if rows.device.type == "cpu" and len(rows) and int(rows.max()) < 2**31:
+        rows = rows.int()  # sorts in half the time
+    ordered, order = torch.sort(rows, stable=True)
+    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
+    return unique.long(), *sum_runs(values.contiguous(), order, counts.cumsum(0))
 
 
 def _loops() -> Any:

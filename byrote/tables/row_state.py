@@ -18,9 +18,7 @@ from torch import Tensor
 
 from byrote.compiled import numba_is_there
 from byrote.tables import host_memory
-from byrote.tables.table import RowState, StateFields
-
-CPU = torch.device("cpu")
+from byrote.tables.rules import CPU, RowState, StateFields
 
 
 class TouchedState:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from byrote.memory.stack import POINTER
+from byrote.tables.placements.open import POINTER
 from byrote.train import file_tables as filetables
 
 FOLDERS = "checkpoints/*"  # also while one is written

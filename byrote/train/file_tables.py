@@ -21,15 +21,15 @@ from typing import Any
 import torch.distributed as dist
 
 from byrote.memory.stack import nowhere
-from byrote.tables.placements.logged import LoggedTable, open_base, read_pointer
+from byrote.tables.placements.logged import POINTER, LoggedTable, open_base
 from byrote.tables.rules import RowRule
+from byrote.tables.table import Table
 
 
-def logged_tables(model: Any) -> dict[int, LoggedTable]:
-    """By layer id, the tables of the model that train from files."""
+def tables(model: Any) -> dict[int, Table]:
+    """By layer id; none of a model without memories."""
     stack = getattr(model, "memory_stack", None)
-    tables = {} if stack is None else {layer: memory.table for layer, memory in stack.items()}
-    return {layer: table for layer, table in tables.items() if isinstance(table, LoggedTable)}
+    return {} if stack is None else {layer: memory.table for layer, memory in stack.items()}
 
 
 def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
@@ -54,23 +54,23 @@ def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
 def resume(model: Any, run: Path, checkpoints: str) -> None:
     """Take the right to write the tables of a model that was loaded from a checkpoint of this run."""
     refuse_processes()
-    for table in logged_tables(model).values():
-        table.log.lock()
+    for table in tables(model).values():
+        table.lock()
     mark_checkpoints(model, run, checkpoints)
     collect(model, run, checkpoints)
 
 
 def collect(model: Any, run: Path, checkpoints: str) -> None:
     """Drop the generations that none of the checkpoints points to."""
-    for layer, table in logged_tables(model).items():
-        pointers = [folder / f"table-{layer}.json" for folder in run.glob(checkpoints)]
-        table.log.collect(read_pointer(path)["committed"] for path in pointers if path.exists())
+    for layer, table in tables(model).items():
+        pointers = [folder / f"table-{layer}{POINTER}" for folder in run.glob(checkpoints)]
+        table.collect(path for path in pointers if path.exists())
 
 
 def unlock(model: Any) -> None:
     """Give the right to write the tables back."""
-    for table in logged_tables(model).values():
-        table.log.unlock()
+    for table in tables(model).values():
+        table.unlock()
 
 
 def end(model: Any) -> None:

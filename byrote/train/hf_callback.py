@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from byrote.memory import Memory
-from byrote.memory.stack import POINTER
 from byrote.models.pretrained import MemoryPreTrainedModel
+from byrote.tables.placements.open import POINTER
 from byrote.train import file_tables as filetables
 from byrote.train.optimizer import Optimizer
 
@@ -104,7 +104,7 @@ class TableCallback(TrainerCallback):
 
     def _bring_back(self, model: MemoryPreTrainedModel, folders: list[Path]) -> None:
         """Load tables and row state of the folder whose generation is the backbone's."""
-        before, reasons = filetables.logged_tables(model).values(), []
+        before, reasons = filetables.tables(model).values(), []
         filetables.unlock(model)
         for folder in folders:
             try:
@@ -113,7 +113,7 @@ class TableCallback(TrainerCallback):
                 reasons.append(str(error))  # another moment of the training, or damage
                 continue
             for table in before:
-                table.log.close()
+                table.close()
             pointers = [path.name for path in folder.glob(f"table-*{POINTER}")]
             if bool(pointers) != (self.placement == "file"):
                 kind = "pointers to tables in files" if pointers else "whole tables"

@@ -29,7 +29,6 @@ from byrote.tables.placements.pinned import PinnedTable
 from byrote.tables.placements.ranks import Ranks
 from byrote.tables.placements.sharded import ShardedTable
 from byrote.tables.placements.sparse import SparseRows
-from byrote.tables.rules import update_rows
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -427,7 +426,7 @@ def take_step(table: Table, ids: list[int], seed: int) -> None:
     gradient = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(seed))
     if isinstance(table, ShardedTable):
         rows, table = table.ranks.local(rows), table.part
-    update_rows(table, Momentum(), rows, gradient, 0.1)
+    table.update(Momentum(), rows, gradient, 0.1)
     table.commit()
 
 

@@ -18,9 +18,10 @@ from byrote.models.engram import EngramForCausalLM
 from byrote.tables import RamTable
 from byrote.tables.log.log import RowLog
 from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
 from byrote.train import trainer as trainer_module
 from byrote.train.checkpoint import checkpoints, latest
-from byrote.train.file_tables import logged_tables
+from byrote.train.file_tables import tables
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
@@ -97,7 +98,8 @@ def assert_state_equal(model, other, folder: Path) -> None:
 def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
     host = train("host", checkpoint_every=3)
     file = train("file", checkpoint_every=3, keep=3, placement="file")
-    assert logged_tables(file) and not logged_tables(host)
+    kinds = [{type(table) for table in tables(model).values()} for model in (file, host)]
+    assert kinds == [{LoggedTable}, {RamTable}]
     assert_equal(host, file)
     assert_state_equal(host, file, tmp_path)
     folder = latest(tmp_path / "file")
@@ -129,7 +131,7 @@ def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
 def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
     model = train("run", checkpoint_every=1, keep=2, placement="file")
     assert len(checkpoints(tmp_path / "run")) == 2
-    for table in logged_tables(model).values():
+    for table in tables(model).values():
         assert table.log.generations() == [8, 9]
     model.save_pretrained(tmp_path / "whole")  # stands alone
     shutil.rmtree(tmp_path / "run/tables")

@@ -26,7 +26,6 @@ from byrote.lab.bench.ratios import Options, Row, compare, interleaved
 from byrote.memory import Memory
 from byrote.memory.lookup import gather
 from byrote.tables import LazyAdam, RamTable, RowAdagrad, RowRule
-from byrote.tables.rules import update_rows
 
 COUNT, WIDTH, RATE = 32_768, 64, 1e-3
 ALIKE = 1e-4  # between our rows and FBGEMM's
@@ -107,7 +106,7 @@ class _TableStep:
         gather(self.memory.anchor, ids, self.memory.lookup.handle).backward(self.weight)
         taken = self.memory.lookup.pending.take()
         assert taken is not None
-        update_rows(self.memory.table, self.rule, *taken, RATE)
+        self.memory.table.update(self.rule, *taken, RATE)
 
 
 def _embedding_step(num_rows: int, sparse: bool) -> Callable[[], None]:
@@ -146,7 +145,7 @@ def state_bytes(num_rows: int = 1 << 20, width: int = 16) -> list[dict[str, Any]
     ):
         table = RamTable(num_rows, width, digest="")
         for rows in torch.arange(num_rows).split(1 << 16):
-            update_rows(table, rule, rows, torch.ones(len(rows), width), RATE)
+            table.update(rule, rows, torch.ones(len(rows), width), RATE)
         counted = table.stats()["state_bytes"] - 4 * num_rows
         mapped = sum(map(_mapped, table._state.arrays.values())) if sys.platform == "linux" else float("nan")
         about = {"rule": name, "width": width, "of each": "parameter" if unit > 1 else "row", "target": target}

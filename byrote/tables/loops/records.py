@@ -127,7 +127,7 @@ def gather_int4(records, size, ids, count, out, width):
 
 
 @compiled
-def sum_rows(values, order, ends, count, width, out, nonzero):
+def sum_runs(values, order, ends, count, width, out, nonzero):
     """out[i] = sum of values[order[j]] for ends[i - 1] <= j < ends[i], in that order, from 0; whether it is not 0."""
     whole, size, last, begin = width // LANES * LANES, 4 * width, load_i64(ends + 8 * (count - 1)), 0
     for i in range(count):

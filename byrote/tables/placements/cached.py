@@ -10,7 +10,7 @@ import copy
 import re
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from byrote.tables.codecs import CODECS
 from byrote.tables.placements.cache_slots import EMPTY, WAYS, make_places
 from byrote.tables.records import decode
+from byrote.tables.rules import RowRule
 from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 
 
@@ -31,7 +32,7 @@ def num_bytes(budget: int | str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-class CachedTable:
+class CachedTable(Table):
     """A table that keeps the hot rows of `base` in at most `budget` bytes. What it reads is what `base` reads, bit by
     bit; writes go through. Cached values are float32, or bfloat16 where `base` stores that.
     """
@@ -50,15 +51,12 @@ class CachedTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedTable:
         return CachedTable(copy.deepcopy(self.base, memo), self._budget)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables")
-
     num_rows = property(lambda self: self.base.num_rows)
     width = property(lambda self: self.base.width)
     digest = property(lambda self: self.base.digest)
     generation = property(lambda self: self.base.generation)
     followers = property(lambda self: self.base.followers)
-    writes = property(lambda self: getattr(self.base, "writes"))  # noqa: B009  not every base counts them
+    writes = property(lambda self: self.base.writes)  # type: ignore[assignment]
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
@@ -92,11 +90,10 @@ class CachedTable:
 
     def cold(self, rows: Tensor) -> bool:
         missed = self._not_kept(rows)
-        return len(missed) > 0 and hasattr(self.base, "cold") and self.base.cold(missed)
+        return len(missed) > 0 and self.base.cold(missed)
 
     def warm(self, rows: Tensor) -> None:
-        if hasattr(self.base, "warm"):
-            self.base.warm(self._not_kept(rows))
+        self.base.warm(self._not_kept(rows))
 
     def _not_kept(self, rows: Tensor) -> Tensor:
         ids = rows.reshape(-1).contiguous()
@@ -114,6 +111,9 @@ class CachedTable:
             inside = places >= 0
             if inside.any():  # as the base has stored them
                 self._values[places[inside]] = self.base.read(rows.cpu()[inside]).to(self._values.dtype)
+
+    def check_rule(self, rule: RowRule) -> None:
+        self.base.check_rule(rule)
 
     def commit(self) -> int:
         return self.base.commit()

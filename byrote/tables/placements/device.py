@@ -17,11 +17,13 @@ from torch import Tensor
 
 from byrote.tables.placements.ram import RamTable
 from byrote.tables.row_state import TouchedState
-from byrote.tables.table import check_row_ids
+from byrote.tables.table import Table, check_row_ids
 
 
 class DeviceTable(RamTable):
-    asynchronous = True
+    """Rows and their state as tensors on `device`."""
+
+    asynchronous = settled = True
 
     def __init__(self, num_rows: int, width: int, *, device: torch.device | str, **kwargs: Any) -> None:
         super().__init__(num_rows, width, **kwargs)
@@ -55,6 +57,9 @@ class DeviceTable(RamTable):
         records = self._records.index_select(0, rows.reshape(-1).to(self.device))
         values = self._codec.decode(records, self.width)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
+
+    def place(self, table: Any) -> Table:
+        return DeviceTable.of(table, self.device)
 
     def _scatter(self, rows: Tensor, records: Tensor) -> None:
         self._records.index_copy_(0, rows, records)

@@ -23,16 +23,15 @@ from byrote.tables.files.headers import read_header
 from byrote.tables.files.released import NUMBERS, Form
 from byrote.tables.files.rows import RowsFile
 from byrote.tables.records import decode
-from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
+from byrote.tables.rules import RowRule
+from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 DTYPES = {"U8": torch.uint8, **NUMBERS}
 
 
-class FileTable:
+class FileTable(Table):
     """R rows of W values. `codec`: in which rows can be stored without loss; `path`: of the file, or of the folder."""
-
-    writes = 0
 
     def __init__(
         self, path: Path, values: RowsFile, *, width: int, codec: str, digest: str, generation: int = 0,
@@ -79,9 +78,6 @@ class FileTable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTable:
         return self  # its rows never change
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
@@ -133,6 +129,9 @@ class FileTable:
         self.refuse()
 
     def load_state(self, path: Path) -> None:
+        self.refuse()
+
+    def check_rule(self, rule: RowRule) -> None:
         self.refuse()
 
     def refuse(self) -> NoReturn:

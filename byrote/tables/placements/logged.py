@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +26,18 @@ from byrote.tables.codecs import chance
 from byrote.tables.files.format import FORMAT_VERSION, header_of, load_state_file, stream
 from byrote.tables.files.headers import check_fields, parse_object
 from byrote.tables.files.rows import sample
-from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
-from byrote.tables.log import HEADER, disk
-from byrote.tables.log.log import RowLog
+from byrote.tables.log import disk
+from byrote.tables.log.log import FORMAT_VERSION as LOG_VERSION
+from byrote.tables.log.log import HEADER, RowLog
 from byrote.tables.log.record import Record
 from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.placements.file import FileTable
 from byrote.tables.placements.ram import RamTable
-from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
 
+POINTER = ".json"  # instead of a table's .safetensors
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
-POINTER = {"log": str, "generation": int, "committed": int}
+POINTER_FIELDS = {"log": str, "generation": int, "committed": int}
 
 
 def open_base(path: Path) -> Any:
@@ -46,7 +47,7 @@ def open_base(path: Path) -> Any:
 
 def read_pointer(path: Path) -> dict[str, Any]:
     """What `checkpoint` wrote."""
-    return disk.read_json(path, FORMAT_VERSION, POINTER, "no such pointer")
+    return disk.read_json(path, FORMAT_VERSION, POINTER_FIELDS, "no such pointer")
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-class LoggedTable:
+class LoggedTable(Table):
     """`base`: any table, only read. `fields`: the state of the one rule that trains it."""
 
     def __init__(self, base: Any, log: RowLog, fields: StateFields, generation: int) -> None:
@@ -106,9 +107,6 @@ class LoggedTable:
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedTable:
         return CopiedTable(self)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
-
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         check_row_ids(rows, self.num_rows)
@@ -127,15 +125,14 @@ class LoggedTable:
         flat = rows.reshape(-1)
         check_row_ids(flat, self.num_rows)
         logged, rest = self._split(sample(flat))
-        cold = hasattr(self.base, "cold") and self.base.cold(rest)
+        cold = self.base.cold(rest)
         return not self.log.resident(logged) or cold  # both are asked, so that both begin to read
 
     def warm(self, rows: Tensor) -> None:
         flat = rows.reshape(-1)
         check_row_ids(flat, self.num_rows)
         logged, rest = self._split(flat)
-        if hasattr(self.base, "warm"):
-            self.base.warm(rest)
+        self.base.warm(rest)
         self.log.warm(logged)
 
     def _split(self, rows: Tensor) -> tuple[np.ndarray, Tensor]:
@@ -169,17 +166,26 @@ class LoggedTable:
         self.record.set_values(records, values, chance(self.digest, self.generation))
         self.log.write(ids, records)
 
-    def commit(self) -> int:
-        self.generation += 1
-        return self.generation
+    def lock(self) -> None:
+        self.log.lock()
 
-    def checkpoint(self, path: Path) -> None:
+    def unlock(self) -> None:
+        self.log.unlock()
+
+    def close(self) -> None:
+        self.log.close()
+
+    def collect(self, pointers: Iterable[Path]) -> None:
+        self.log.collect(read_pointer(path)["committed"] for path in pointers)
+
+    def checkpoint(self, path: Path) -> bool:
         """Make this generation durable, and write the pointer to it."""
         committed = self.log.next_generation
         self.log.commit(committed)
         log = os.path.relpath(self.log.folder, path.parent)
         content = {"log": log, "generation": self.generation, "committed": committed}
         disk.replace_json(path, {"format_version": FORMAT_VERSION, **content})
+        return True
 
     def stats(self) -> dict[str, Any]:
         return {

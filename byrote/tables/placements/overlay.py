@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from byrote.tables.placements.sparse import SparseRows, grown
 from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
 
 
-class OverlayTable:
+class OverlayTable(Table):
     """`top` over `base`; ValueError where they belong to different address specs or shapes."""
 
     def __init__(self, base: Table, top: SparseRows, *, writable: bool = False) -> None:
@@ -61,9 +61,6 @@ class OverlayTable:
         """The generation and the rule state of an overlay with the same rows."""
         self.generation = other.generation
         self._state, self._trained = copy.deepcopy((other._state, other._trained), memo)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from byrote.tables.placements.ram import RamTable
+from byrote.tables.table import Table
 
 
 class PinnedTable(RamTable):
-    asynchronous = True
+    """Rows in RAM whose pages are locked."""
+
+    asynchronous = settled = True
 
     def __init__(self, num_rows: int, width: int, **kwargs: Any) -> None:
         check_gpu()
@@ -58,6 +61,9 @@ class PinnedTable(RamTable):
 
         values = decode(self._records, rows.reshape(-1).contiguous(), self._codec, self.width)
         return values.view(*rows.shape, self.width)
+
+    def place(self, table: Any) -> Table:
+        return PinnedTable.of(table)
 
     def _lock(self) -> None:
         assert self._rows is not None

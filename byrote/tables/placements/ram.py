@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +20,19 @@ from byrote.tables.files.format import check_wanted, header_of, load, load_state
 from byrote.tables.host_memory import ask_for_huge_pages
 from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.records import decode, scatter
-from byrote.tables.row_state import CPU, TouchedState
-from byrote.tables.rules import InPlaceRule
-from byrote.tables.table import Followers, RowState, StateFields, check_row_ids
+from byrote.tables.row_state import TouchedState
+from byrote.tables.rules import CPU, RowRule
+from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
 
 DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
 
-class RamTable:
+class RamTable(Table):
     """A table in host memory. `digest` names the address spec that its rows belong to.
 
     Rows are drawn from N(0, `std`^2) with `seed` when they are first needed, so that a model can be built on the
     meta device, or be about to open its tables from a file, without paying for them.
     """
-
-    device = CPU
 
     def __init__(
         self, num_rows: int, width: int, *, digest: str, std: float = 0.02, seed: int = 0, codec: str = "fp32"
@@ -53,11 +51,6 @@ class RamTable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return CopiedTable(self)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a table is not pickled: save the model with save_pretrained, which writes its tables beside it"
-        )
 
     @property
     def rows(self) -> Tensor:
@@ -136,8 +129,11 @@ class RamTable:
         scatter(self._records, rows, records)
 
     @torch.no_grad()
-    def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
-        """`read`, the rule and `write` in one, without a copy where rows are stored as float32."""
+    def update(self, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
+        """By a compiled rule without a copy of the state, and where rows are stored as float32 without one of them."""
+        if not rule.compiled or self.device != CPU:
+            return super().update(rule, rows, gradient, rate)
+        rows, gradient = rows.cpu(), gradient.cpu().contiguous()
         check_row_ids(rows, self.num_rows)
         if gradient.shape != (len(rows), self.width):
             raise ValueError(f"gradient must be [{len(rows)}, {self.width}], got {list(gradient.shape)}")
@@ -145,8 +141,7 @@ class RamTable:
         entries = self._state.entries(rows, rule.fields(self.width))
         self.writes += 1
         if self._codec.dtype == torch.float32:
-            rule.update_in_place(self.rows, rows.contiguous(), self._state.arrays, entries, gradient, rate)
-            return
+            return rule.update_in_place(self.rows, rows.contiguous(), self._state.arrays, entries, gradient, rate)
         values = self.read(rows)
         rule.update_in_place(values, torch.arange(len(rows)), self._state.arrays, entries, gradient, rate)
         self.write(rows, values)
@@ -156,10 +151,6 @@ class RamTable:
         if set(lengths.values()) - {rows.numel()}:
             raise ValueError(f"rule state must have {rows.numel()} entries, one a row, got {lengths}")
         self._state.check({name: tuple(value.shape[1:]) for name, value in state.items()})
-
-    def commit(self) -> int:
-        self.generation += 1
-        return self.generation
 
     def stats(self) -> dict[str, Any]:
         return {

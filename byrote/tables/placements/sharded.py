@@ -1,7 +1,7 @@
 """ShardedTable: a table whose rows are spread over the ranks of a process group, each row in the RAM of its owner.
 
     read     unique ids -> their owners (all-to-all) -> rows -> back (all-to-all) -> every place that asked
-    step     unique (row, gradient) pairs -> their owners, which average and apply them (`byrote.memory.exchange`)
+    step     unique (row, gradient) pairs -> their owners, which average and apply them: `exchange`, `update`
     write    all ranks are given the same rows, as with replicated tables; each keeps those that it owns
 
 A rank holds rows and rule state of its share and nothing of the others'. Who owns a row: `ranks.py`.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +36,15 @@ from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.placements.logged import CHUNK_BYTES
 from byrote.tables.placements.ram import RamTable
 from byrote.tables.placements.ranks import Ranks
+from byrote.tables.records import sum_rows
+from byrote.tables.rules import RowRule
 from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 
 
-class ShardedTable:
+class ShardedTable(Table):
     """`part`: the rows of this rank, of `num_rows` in all."""
+
+    sharded = settled = True
 
     def __init__(self, part: RamTable | CopiedTable, num_rows: int, ranks: Ranks) -> None:
         if part.num_rows != ranks.count(num_rows):
@@ -70,9 +74,6 @@ class ShardedTable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTable:
         return ShardedTable(copy.deepcopy(self.part, memo), self.num_rows, self.ranks)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a table is not pickled: save the model with save_pretrained, which writes its tables too")
 
     @property
     def generation(self) -> int:
@@ -112,6 +113,30 @@ class ShardedTable:
 
     def commit(self) -> int:
         return self.part.commit()
+
+    def check_rule(self, rule: RowRule) -> None:
+        if not rule.alone:
+            raise ValueError(
+                f"{type(rule).__name__} balances rows with one another, of which a rank has its own only: "
+                "train sharded tables with row_rule 'adam' or 'adagrad'"
+            )
+
+    def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Unique ascending rows [U] and gradients [U, W] of this rank -> of all ranks, those of the rows it owns."""
+        rows, gradient = rows.cpu(), gradient.cpu()
+        route = self.ranks.route(rows)
+        rows, gradient, _ = sum_rows(route.there(rows), route.there(gradient))
+        return rows, gradient / self.ranks.world
+
+    def totals(self, *numbers: int) -> list[int]:
+        return self.ranks.sum(list(numbers))
+
+    def update(self, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
+        """Not collective: of rows that this rank owns."""
+        self.part.update(rule, self.ranks.local(rows), gradient, rate)
+
+    def place(self, table: Any) -> Table:
+        return ShardedTable.split(table, self.ranks)
 
     def save(self, path: Path) -> None:
         codec, world = CODECS[self.codec], self.ranks.world
