@@ -38,9 +38,7 @@ def begin(model: Any, run: Path, optimizer: Optimizer, checkpoints: str) -> None
     refuse_processes()
     if model.memory_stack is None:
         return
-    fields = {
-        layer: rule_of(optimizer, memory).fields(memory.table.width) for layer, memory in model.memory_stack.items()
-    }
+    rules = {layer: rule_of(optimizer, memory) for layer, memory in model.memory_stack.items()}
     folder = run / "tables"
     if folder.exists():
         raise ValueError(f"{folder} is there already: resume the run, or delete that folder to start another")
@@ -51,7 +49,8 @@ def begin(model: Any, run: Path, optimizer: Optimizer, checkpoints: str) -> None
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         base = open_base(path)
-        memory.table = LoggedTable.create(base, folder / f"layer-{layer}", fields[layer], f"../{path.name}")
+        fields = rules[layer].fields(base.width)
+        memory.table = LoggedTable.create(base, folder / f"layer-{layer}", fields, f"../{path.name}")
     mark_checkpoints(model, run, checkpoints)
 
 

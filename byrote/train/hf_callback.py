@@ -8,8 +8,9 @@ the first forward after such a reload raises, because the backbone's generation 
     OUTPUT_DIR/checkpoint-200/           rows and row state; with placement="file" a pointer of a line a table
                tables/                   with placement="file": the base, written once, and the log of changed rows
 
-All of that is written by `save_pretrained`, before the Trainer removes older checkpoints; with "file" (`file_tables.py`)
-what those alone pointed to is collected afterwards. A crash in between leaves more than is needed, never less.
+All of that is written by `save_pretrained`, before the Trainer removes older checkpoints. With "file"
+(`file_tables.py`) what those alone pointed to is collected afterwards. A crash in between leaves more than is needed,
+never less.
 """
 
 from __future__ import annotations
