@@ -146,7 +146,8 @@ class Table(ABC):
         if rule.compiled and self.device == CPU:
             rows, gradient, step = rows.cpu(), gradient.cpu().contiguous(), rule.step
         values, state = self.read(rows), self.read_state(rows, rule.fields(self.width))
-        self.write(rows, *step(values, state, gradient, rate))
+        values, state = step(values, state, gradient, rate)
+        self.write(rows, values, state or None)  # nothing is kept for a rule without state
 
     def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Unique ascending rows [U] and gradients [U, W] of this rank -> those it has to apply, means over the ranks.
