@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from byrote.memory.concepts import ConceptState
+from byrote.memory.concept_state import ConceptState
 from byrote.memory.state import Field
 from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of
