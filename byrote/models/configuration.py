@@ -25,6 +25,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from byrote.address import AddressSpec, deepseek_v41, engram
+from byrote.address.vocabulary import resize
 from byrote.tables.codecs import CODECS
 
 # Annotations are objects here, and in the files of subclasses, because transformers reads them: no
@@ -113,21 +114,25 @@ class MemoryConfig(PreTrainedConfig):
 
     def _settle_address(self, vocabulary: np.ndarray | None) -> None:
         if self.address is None or vocabulary is not None:
-            vocabulary = np.arange(self.vocab_size) if vocabulary is None else vocabulary
-            if len(vocabulary) != self.vocab_size:
+            vocabulary = np.arange(self.vocab_size) if vocabulary is None else np.asarray(vocabulary)
+            if len(vocabulary) > self.vocab_size:
                 raise ValueError(
-                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: they must be equal"
+                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: it must be as "
+                    "many or more"
                 )
-            self.address = self._make_spec(vocabulary).to_dict()
-        spec = self.spec
-        assert spec is not None
+            spec = self._make_spec(vocabulary)
+            if len(vocabulary) < self.vocab_size:  # an embedding wider than its tokenizer
+                spec = spec.resized(resize(vocabulary, self.vocab_size, spec.most_classes))
+            self.address = spec.to_dict()
+        settled = self.spec
+        assert settled is not None
         claims = {
-            "memory_contract": (self.memory_contract, spec.contract),
-            "memory_layers": (self.memory_layers, [layer.layer_id for layer in spec.layers]),
-            "memory_heads": (self.memory_heads, spec.heads),
-            "memory_table_sizes": (len(self.memory_table_sizes) + 1, spec.max_order),
-            "memory_seed": (self.memory_seed, spec.seed),
-            "vocab_size": (self.vocab_size, spec.vocab_size),
+            "memory_contract": (self.memory_contract, settled.contract),
+            "memory_layers": (self.memory_layers, [layer.layer_id for layer in settled.layers]),
+            "memory_heads": (self.memory_heads, settled.heads),
+            "memory_table_sizes": (len(self.memory_table_sizes) + 1, settled.max_order),
+            "memory_seed": (self.memory_seed, settled.seed),
+            "vocab_size": (self.vocab_size, settled.vocab_size),
         }
         for field, (configured, addressed) in claims.items():
             if configured != addressed:
@@ -137,11 +142,11 @@ class MemoryConfig(PreTrainedConfig):
                 )
         # The sizes do not depend on the vocabulary, so any will do.
         expected = [layer.primes for layer in self._make_spec(np.arange(self.vocab_size)).layers]
-        if expected != [layer.primes for layer in spec.layers]:
+        if expected != [layer.primes for layer in settled.layers]:
             raise ValueError(
                 f"memory_table_sizes={self.memory_table_sizes} would give layers of "
                 f"{[sum(map(sum, primes)) for primes in expected]} rows, the address spec has "
-                f"{[layer.rows for layer in spec.layers]}: drop `address` to derive it anew, or give back the sizes"
+                f"{[layer.rows for layer in settled.layers]}: drop `address` to derive it anew, or give back the sizes"
             )
 
     def _make_spec(self, vocabulary: np.ndarray) -> AddressSpec:

@@ -59,6 +59,22 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             self.memory_stack.drop_pending()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
+        row moves. Tables are to be in RAM.
+        """
+        size, step = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        size = -(-size // step) * step
+        pad = self.config.memory_pad_token_id
+        if self.memory_stack is not None and size != self.config.vocab_size:
+            if size <= pad:
+                raise ValueError(f"{size} tokens would be without memory_pad_token_id={pad}: keep at least {pad + 1}")
+            self.memory_stack.resize(size)
+            self.config.address = self.memory_stack.spec.to_dict()
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
