@@ -26,7 +26,7 @@ import numpy as np
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
-from byrote.address import AddressSpec, deepseek_v41, engram
+from byrote.address import CONTRACTS, AddressSpec
 from byrote.address.vocabulary import resize
 from byrote.models.words import OF_GENERATION, ROPE, SETTLED, check_word, is_known, nearest, rope_fields
 from byrote.tables.codecs import CODECS
@@ -97,12 +97,7 @@ class MemoryConfig(PreTrainedConfig):
 
     def _implied(self) -> dict[str, Any]:
         """Words of other families, and what follows for them from our fields."""
-        shared, rest = divmod(self.shared_expert_intermediate_size, self.moe_intermediate_size or 1)
-        return {
-            "n_shared_experts": f"shared_expert_intermediate_size={self.shared_expert_intermediate_size}"
-            if rest
-            else shared,
-        }
+        return {"n_shared_experts": self.shared_expert_intermediate_size / max(1, self.moe_intermediate_size)}
 
     def check(self, vocabulary: np.ndarray | None = None) -> None:
         """ValueError or TypeError where fields cannot be, or not together; derive the addresses if they are not there.
@@ -220,11 +215,10 @@ class MemoryConfig(PreTrainedConfig):
             "heads": self.memory_heads,
             "layer_ids": self.memory_layers,
             "pad_id": self.memory_pad_token_id,
-            "max_order": len(self.memory_table_sizes) + 1,
+            "table_sizes": self.memory_table_sizes,
+            "seed": self.memory_seed,
         }
-        if self.memory_contract == "engram":
-            return engram(vocabulary, table_sizes=self.memory_table_sizes, seed=self.memory_seed, **common)
-        return deepseek_v41(vocabulary, table_size=self.memory_table_sizes[0], **common)
+        return CONTRACTS[self.memory_contract].build(vocabulary, **common)
 
     def _refuse(self, field: str, remedy: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -241,10 +235,8 @@ class MemoryConfig(PreTrainedConfig):
             not 0 <= layer < num_layers for layer in self.memory_layers
         ):
             refuse("memory_layers", f"ascending block numbers in 0..{num_layers - 1}, each once")
-        if self.memory_contract not in ("engram", "deepseek_v41"):
-            refuse("memory_contract", "must be 'engram' or 'deepseek_v41'")
-        if self.memory_contract == "deepseek_v41" and (len(set(self.memory_table_sizes)) > 1 or self.memory_seed):
-            refuse("memory_contract", "DeepSeek-V4.1 has one table size for all orders and seed 0")
+        if self.memory_contract not in CONTRACTS:
+            refuse("memory_contract", f"must be one of {', '.join(map(repr, CONTRACTS))}")
         if not self.memory_table_sizes or min(self.memory_table_sizes) < 1:
             refuse("memory_table_sizes", "one positive number of rows per order, for orders 2, 3, ...")
         for field in ("memory_heads", "memory_row_width"):
