@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from byrote.address.hashing import canonical_ids, hash_rows, windows
 from byrote.address.spec import DEAD, AddressSpec
+from byrote.address.vocabulary import resize
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
@@ -121,6 +122,18 @@ class MemoryStack(nn.Module):
         )
         self.is_checkpoint: Callable[[Path], bool] = nowhere  # of the training that goes on
         self._checked: tuple[int, int] | None = None
+
+    def resize(self, vocab_size: int) -> None:
+        """Know so many ids: each new one as a class of its own while the multipliers leave room, then in the last.
+
+        Rows stay where they are. ValueError where tables are in files, which name their vocabulary.
+        """
+        self._check_vocabulary()
+        vocabulary = resize(self.vocabulary.cpu().numpy(), vocab_size, self.spec.most_classes)
+        spec = self.spec.resized(vocabulary)
+        for _, memory in self.items():
+            memory.table.readdress(spec.digest)
+        self.spec, self.vocabulary = spec, torch.from_numpy(vocabulary).to(self.vocabulary.device)
 
     def items(self) -> list[tuple[int, Memory]]:
         """(layer id, memory), in the order of the spec."""

@@ -12,11 +12,12 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState
+from byrote.models.arguments import check_arguments
 from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.dlcm.trunk import DLCMModel, DLCMModelOutput, DLCMOutput
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import check_labels
+from byrote.models.inputs import check_labels, target_counts
 from byrote.nn.boundary import parser_loss
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
@@ -58,6 +59,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         boundaries: Tensor | None = None,
@@ -72,6 +74,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         weighted by the share of `num_items_in_batch` that this batch predicts. `skip_logits`: with labels,
         make and return no logits.
         """
+        check_arguments(kwargs, type(self).forward)
         check_labels(labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
@@ -80,8 +83,10 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None or use_cache is not None else False,
-            output_hidden_states=kwargs.get("output_hidden_states"),
+            output_hidden_states=output_hidden_states,
             boundaries=boundaries,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         skip_logits = skip_logits and labels is not None
@@ -90,13 +95,16 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         logits = None if skip_logits else self.lm_head(hidden[:, kept, :])
         loss, parser = None, None
         if labels is not None:
-            items = (labels[:, 1:] != -100).sum(dim=1)
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            items, total = target_counts(labels, num_items_in_batch)
             if skip_logits:
                 loss = head_loss(self.lm_head, hidden, shift(labels, 1, empty=-100)) / total
             else:
+                nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                    logits,
+                    labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=total if nothing else num_items_in_batch,
                 )
             if self.training and outputs.balance_loss is not None:
                 loss = loss + self.config.balance_loss_alpha * (outputs.balance_loss * items).sum() / total

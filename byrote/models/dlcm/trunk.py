@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from byrote.memory.concept_state import ConceptState
 from byrote.memory.state import Field
+from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of
 from byrote.models.dlcm.block import TokenBlock
 from byrote.models.dlcm.configuration import DLCMConfig
@@ -122,9 +123,11 @@ class DLCMModel(DLCMPreTrainedModel):
         replace the embedding, never the ids. `output_hidden_states`: before each token block and after the last.
         `boundaries_only`: go no further than to choose them.
         """
+        check_arguments(kwargs, type(self).forward)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
-        inputs = Inputs.of(self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        places = attention_mask, position_ids, past_key_values
+        inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
         self._check_boundaries(boundaries, inputs.ids)
         state = self._decode_state(inputs)
         x, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)

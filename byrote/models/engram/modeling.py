@@ -22,12 +22,13 @@ from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
+from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import Inputs, attention_cache, check_labels
+from byrote.models.inputs import Inputs, attention_cache, check_labels, target_counts
 from byrote.models.memories import make_memories, memory_fields
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.loss import head_loss
@@ -116,9 +117,11 @@ class EngramModel(EngramPreTrainedModel):
         `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
         all of the new tokens and return what each found, as `predictions`.
         """
+        check_arguments(kwargs, type(self).forward)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
-        inputs = Inputs.of(self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        places = attention_mask, position_ids, past_key_values
+        inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
         state = self._decode_state(inputs)
         embeddings, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)
         angles = rotary(
@@ -205,6 +208,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         mtp_loss_weight: float | None = None,
@@ -217,6 +221,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
         predict = self.training and labels is not None and len(self.model.mtp) > 0
+        check_arguments(kwargs, type(self).forward)
         check_labels(labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
@@ -225,22 +230,27 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache if labels is None or use_cache is not None else False,
-            output_hidden_states=kwargs.get("output_hidden_states"),
+            output_hidden_states=output_hidden_states,
             output_streams=output_streams,
             predict=predict,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         skip_logits = skip_logits and labels is not None
         logits = None if skip_logits else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss, further = None, None
         if labels is not None:
-            items = (labels[:, 1:] != -100).sum(dim=1)
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            items, total = target_counts(labels, num_items_in_batch)
             if skip_logits:
                 loss = head_loss(self.lm_head, outputs.last_hidden_state, shift(labels, 1, empty=-100)) / total
             else:
+                nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                    logits,
+                    labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=total if nothing else num_items_in_batch,
                 )
             if "balance_loss" in outputs:
                 # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
