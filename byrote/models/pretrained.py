@@ -20,6 +20,9 @@ from byrote.memory import MemoryStack
 from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
+from byrote.nn.boundary import BoundaryHead
+from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
+from byrote.nn.router import Router
 from byrote.tables import RamTable, Table
 from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
@@ -28,6 +31,8 @@ from byrote.tables.file import FileTable
 from byrote.tables.logged import LoggedTable
 from byrote.tables.pinned import check_gpu
 
+# What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
+EXACT = (HyperConnection, ManifoldConnection, GatedExit, BoundaryHead)
 PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
 
 
@@ -37,6 +42,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        # By what this model has, since a name that nothing bears keeps nothing exact.
+        named = self.named_modules()
+        exact = {name.rpartition(".")[2] for name, module in named if isinstance(module, EXACT) and module.state_dict()}
+        routed = any(isinstance(module, Router) for module in self.modules())
+        self._keep_in_fp32_modules_strict = exact | ({"selection_bias"} if routed else set())
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self._std(module))
@@ -94,7 +107,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        name: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         placement: str = "host",
         cache: int | str | None = None,
@@ -107,7 +120,10 @@ class MemoryPreTrainedModel(PreTrainedModel):
         file-table run to the run's log. "sharded" spreads the rows over the ranks of the process group, which all call
         it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of tables in files that are read most, shared
         among the tables.
+
+        With None, `config=` and `state_dict=` the weights are those of the state dict, and the tables are new.
         """
+        name = pretrained_model_name_or_path
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
         if placement == "device":
@@ -116,10 +132,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
             check_gpu()
         if cache is not None and placement != "file":
             raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
+        if name is None and placement != "host":
+            raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
+        if name is not None and os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         loaded = super().from_pretrained(name, *args, **kwargs)
+        if name is None:
+            return loaded
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub: dict[str, Any] = {
             key: kwargs[key]

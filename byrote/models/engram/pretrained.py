@@ -10,9 +10,3 @@ class EngramPreTrainedModel(MemoryPreTrainedModel):
     config_class = EngramConfig
     config: EngramConfig
     _no_split_modules = ["EngramBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "memory_connection",
-        "attention_connection",
-        "experts_connection",
-        "exit",
-    ]
