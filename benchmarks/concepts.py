@@ -27,7 +27,8 @@ from byrote.lab.plan import Variant, cells, plan
 from byrote.lab.runner import run_lab
 from byrote.lab.statistics import Summary, paired, summarize
 from byrote.lab.table import Results
-from byrote.models.families import config_class, count
+from byrote.models.counts import count
+from byrote.models.families import config_class
 from byrote.train.checkpoint import latest
 from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from byrote import DLCMConfig, DLCMForCausalLM
 from byrote.memory.concepts import ConceptState
-from byrote.models.families import count
+from byrote.models.counts import count
 from byrote.nn.concept_attention import Places, flex, replicated, sdpa
 
 RATIO = 4

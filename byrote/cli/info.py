@@ -64,7 +64,7 @@ def _parameters(model: Any) -> Table:
 
 
 def _ours(console: Console, model: Any) -> None:
-    from byrote.models.families import count
+    from byrote.models.counts import count
 
     memories = model.model.memories
     if memories is not None:

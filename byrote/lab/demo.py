@@ -18,8 +18,7 @@ from rich.table import Table
 
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.gates import record, to_html, to_terminal
-from byrote.models.counts import Counts
-from byrote.models.families import count
+from byrote.models.counts import Counts, count
 from byrote.train.config import Recipe
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive

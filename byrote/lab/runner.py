@@ -32,7 +32,7 @@ from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.controls import CONTROLS
 from byrote.lab.plan import Cell, Variant, cells, differences
 from byrote.lab.table import Results, markdown, rows
-from byrote.models.families import count
+from byrote.models.counts import count
 from byrote.train.checkpoint import PREFIX, checkpoints
 from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics

@@ -18,43 +18,76 @@ Row width times heads times orders is the paper's d_mem (table 5: 1280); the dem
 times heads.
 """
 
-from __future__ import annotations
-
-from typing import Any, NoReturn, Self
+import dataclasses
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from byrote.address import AddressSpec, deepseek_v41, engram
 from byrote.tables.codecs import CODECS
 
+# Annotations are objects here, and in the files of subclasses, because transformers reads them: no
+# `from __future__ import annotations`.
 
-class MemoryConfig:
-    """A mixin: the config sets the fields, those of memories by `_set_memory(locals())`, and calls the checks and, with
-    memories, `_settle_address`. `presets` are its named shapes.
 
-    No subclass of PreTrainedConfig, which would take the annotations for fields of its own to fill in.
-    """
+class MemoryConfig(PreTrainedConfig):
+    """`presets` are the named shapes of a subclass; `vocabulary`, an argument and no field, sets the addresses."""
 
-    presets: dict[str, dict[str, Any]]
-    vocab_size: int
-    num_streams: int
-    stream_connection: str
-    memory_layers: list[int]
-    memory_contract: str
-    memory_table_sizes: list[int]
-    memory_heads: int
-    memory_row_width: int
-    memory_pad_token_id: int
-    memory_seed: int
-    memory_gate: bool = True
-    memory_fusion: str = "streams"
-    memory_codec: str
-    memory_kernel_size: int
-    memory_zero_gate_rule: str
-    memory_bias: bool
-    memory_initializer_range: float
-    initializer_range: float
-    address: dict[str, Any] | None
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 512
+    hidden_size: int = 64
+    num_attention_heads: int = 4
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 8
+    v_head_dim: int = 16
+    intermediate_size: int = 192
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    num_experts_per_tok: int = 2
+    router_bias_update_rate: float = 0.001
+    balance_loss_alpha: float = 1e-4
+    num_streams: int = 1
+    stream_connection: str = "mhc"
+    memory_layers: list[int] = dataclasses.field(default_factory=list)
+    memory_contract: str = "engram"
+    memory_table_sizes: list[int] = dataclasses.field(default_factory=lambda: [1024, 1024])
+    memory_heads: int = 2
+    memory_row_width: int = 8
+    memory_pad_token_id: int = 2
+    memory_seed: int = 0
+    memory_codec: str = "fp32"
+    memory_kernel_size: int = 4
+    memory_zero_gate_rule: str = "sign"
+    memory_bias: bool = False
+    memory_initializer_range: float = 0.02
+    address: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = 2
+    use_cache: bool = True
+
+    def __post_init__(self, vocabulary: np.ndarray | None = None, **kwargs: Any) -> None:
+        self.memory_layers = list(self.memory_layers or [])
+        self.memory_table_sizes = [1024, 1024] if self.memory_table_sizes is None else list(self.memory_table_sizes)
+        super().__post_init__(**kwargs)
+        self._check()
+        if self.memory_layers:
+            self._settle_address(vocabulary)
+
+    def _check(self) -> None:
+        """ValueError where fields cannot be, or not together."""
+        raise NotImplementedError
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """The fields of this config without those that every config of transformers has."""
+        common = {each.name for each in dataclasses.fields(PreTrainedConfig)}
+        return [each.name for each in dataclasses.fields(cls) if each.name not in common]
 
     @classmethod
     def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> Self:
@@ -66,17 +99,7 @@ class MemoryConfig:
             raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
         if vocabulary is not None:
             overrides.setdefault("vocab_size", len(vocabulary))
-        return cls(**{**cls.presets[name], **overrides}, vocabulary=vocabulary)  # type: ignore[call-arg]
-
-    def _set_memory(self, given: dict[str, Any]) -> None:
-        """Take the fields of memories from the arguments of `__init__`."""
-        for field in MemoryConfig.__annotations__:
-            if field.startswith("memory_") and field in given:
-                setattr(self, field, given[field])
-        self.memory_layers = list(given["memory_layers"] or [])
-        self.memory_table_sizes = (
-            [1024, 1024] if given["memory_table_sizes"] is None else [*given["memory_table_sizes"]]
-        )
+        return cls(**{**cls.presets[name], **overrides, "vocabulary": vocabulary})
 
     @property
     def spec(self) -> AddressSpec | None:
@@ -156,13 +179,11 @@ class MemoryConfig:
         for field in ("memory_heads", "memory_row_width"):
             if getattr(self, field) < 1:
                 refuse(field, "must be at least 1")
-        if self.memory_fusion not in ("streams", "single"):
-            refuse("memory_fusion", "must be 'streams' or 'single'")
         if self.memory_codec not in CODECS:
             refuse("memory_codec", f"must be one of {sorted(CODECS)}")
         if self.memory_zero_gate_rule not in ("sign", "copysign"):
             refuse("memory_zero_gate_rule", "must be 'sign' or 'copysign'")
         if not 0 <= self.memory_pad_token_id < self.vocab_size:
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
-        if self.memory_kernel_size < 0 or (not self.memory_gate and self.memory_kernel_size):
-            refuse("memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)")
+        if self.memory_kernel_size < 0:
+            refuse("memory_kernel_size", "0 or more taps of the short convolution")

@@ -8,7 +8,6 @@ train.steps=200 (a bare word that is no TOML value is taken as a string).
 
 import dataclasses
 import difflib
-import inspect
 import json
 import tomllib
 from collections.abc import Iterable
@@ -178,8 +177,7 @@ def model_fields(preset: str) -> list[str]:
     """The fields of the preset's config that a recipe may set; those of the vocabulary come from the tokenizer."""
     from byrote.models.families import config_class
 
-    names = list(inspect.signature(config_class(preset)).parameters)
-    return [name for name in names if name not in ("kwargs", "vocabulary", "address", "vocab_size")]
+    return [name for name in config_class(preset).own_fields() if name not in ("address", "vocab_size")]
 
 
 def _section(kind: Any, content: dict[str, Any], name: str) -> Any:

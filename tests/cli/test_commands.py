@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from byrote.cli.main import app
 from byrote.lab import demo
-from byrote.models.engram.counts import Counts
+from byrote.models.counts import Counts
 
 VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance", "lab", "table"]
 SECOND = [

@@ -13,9 +13,8 @@ from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState
 from byrote.models.dlcm.configuration import DLCMConfig
-from byrote.models.dlcm.outputs import DLCMModelOutput, DLCMOutput
 from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
-from byrote.models.dlcm.trunk import DLCMModel
+from byrote.models.dlcm.trunk import DLCMModel, DLCMModelOutput, DLCMOutput
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import check_labels
 from byrote.nn.boundary import parser_loss

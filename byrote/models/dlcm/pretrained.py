@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from byrote.models.dlcm.concepts import ConceptStage
 from byrote.models.dlcm.configuration import DLCMConfig
+from byrote.models.dlcm.stage import ConceptStage
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.boundary import BoundaryHead
 

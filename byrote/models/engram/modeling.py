@@ -7,8 +7,9 @@ input_ids -> Sequence (alive, document starts) -> tickets of all memories   (fro
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState, Sequence
@@ -25,17 +26,37 @@ from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
-from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
-from byrote.models.engram.pretrained import EngramPreTrainedModel
-from byrote.models.enter import enter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import check_ids, check_labels
+from byrote.models.inputs import Inputs, attention_cache, check_labels
 from byrote.models.memories import make_memories, memory_fields
-from byrote.models.place import attention_cache
+from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
+
+
+@dataclass
+class EngramOutput(CausalLMOutputWithPast):
+    """`mtp_loss`: in training, sum of CE_k / D, unweighted, without a graph. `streams` [B, T, n, d]: if asked for."""
+
+    mtp_loss: Tensor | None = None
+    streams: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """Of one module: hidden [B, T, d] for the head; aimed bool [B, T], where the token to be predicted belongs."""
+
+    hidden: Tensor
+    aimed: Tensor
+
+
+class EngramPreTrainedModel(MemoryPreTrainedModel):
+    """What both classes share."""
+
+    config_class = EngramConfig
+    config: EngramConfig
+    _no_split_modules = ["EngramBlock"]  # noqa: RUF012
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -59,9 +80,13 @@ class EngramModel(EngramPreTrainedModel):
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
 
-    def begin(self, state: MemoryState, rows: int, device: torch.device) -> None:
-        """Make what a decode state holds of so many rows, unless it is there."""
-        state.begin(rows, self.embed_tokens.weight.dtype, device)
+    def _decode_state(self, inputs: Inputs) -> MemoryState | None:
+        """The memory's layer in the cache, made for as many rows as there are, unless it has some already."""
+        if inputs.cache is None:
+            return None
+        state = self.attach_memory_state(inputs.cache)
+        state.begin(len(inputs.ids), self.embed_tokens.weight.dtype, inputs.ids.device)
+        return state
 
     @can_return_tuple
     def forward(
@@ -85,11 +110,11 @@ class EngramModel(EngramPreTrainedModel):
         `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
         all of the new tokens and return what each found, as `predictions`.
         """
-        input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
-        places = attention_mask, position_ids, past_key_values
-        embeddings, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
+        inputs = Inputs.of(self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        state = self._decode_state(inputs)
+        embeddings, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)
         angles = rotary(
             sequence.position_ids,
             self.config.qk_rope_head_dim,
@@ -161,7 +186,8 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         return self.model.attach_memory_state(cache)
 
     def make_drafter(self, generation_config: GenerationConfig, logits_processor: LogitsProcessorList) -> Drafter:
-        return Drafter(self, generation_config, logits_processor)
+        model = self.model
+        return Drafter(self.config, model.embed_tokens, model.mtp, self.lm_head, generation_config, logits_processor)
 
     @can_return_tuple
     def forward(
@@ -215,7 +241,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
             if predict:
                 weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-                further = mtp_loss(self.lm_head, outputs["predictions"], labels, total)
+                further = _mtp_loss(self.lm_head, outputs["predictions"], labels, total)
                 loss = loss + weight * further
         return EngramOutput(
             loss=loss,
@@ -236,3 +262,14 @@ def _same_document(sequence: Sequence, steps: int) -> Tensor:
     """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
     alive = sequence.alive & shift(sequence.alive, steps, empty=False)
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
+
+
+def _mtp_loss(head: nn.Module, predictions: Iterable[Prediction], labels: Tensor, total: Tensor | int) -> Tensor:
+    """1/D sum_k CE_k. All are divided by `total`, the main loss's number of targets (V3's T), so that a batch in parts
+    has the loss of the whole.
+    """
+    losses = []
+    for k, (hidden, aimed) in enumerate(predictions, start=1):
+        targets = shift(labels, k + 1, empty=-100).masked_fill(~aimed, -100)
+        losses.append(head_loss(head, hidden, targets))
+    return torch.stack(losses).mean() / total
