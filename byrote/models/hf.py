@@ -16,11 +16,16 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 
 from byrote.memory.state import MemoryState
+
+
+def attends_eagerly(config: PreTrainedConfig) -> bool:
+    """Whether `attn_implementation="eager"` was asked for: attention by plain products, which has weights to show."""
+    return config._attn_implementation == "eager"
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -61,6 +66,15 @@ class MemoryGenerationMixin(GenerationMixin):
                 state.activate_past_recording()
         return result
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and input_ids.shape == embeds.shape[:2]:
+            inputs["input_ids"] = input_ids  # transformers leaves them out; a memory is addressed by them
+        return inputs
+
     @property
     def init_continuous_batching(self) -> NoReturn:  # type: ignore[override]
         # Who asks whether it is there, as `transformers serve` does, goes on without it.
@@ -68,8 +82,8 @@ class MemoryGenerationMixin(GenerationMixin):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         raise ValueError(
-            "generate_batch keeps pages of keys and values, which hold no state of a memory: call generate, with prompts "
-            "padded at the left; in trainers set use_transformers_continuous_batching or use_transformers_paged to False"
+            "generate_batch keeps pages of keys and values, which hold no state of a memory: call generate, with "
+            "prompts padded at the left (in GRPOConfig: use_transformers_continuous_batching=False)"
         )
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:

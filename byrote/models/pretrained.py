@@ -134,7 +134,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
         if name is None and placement != "host":
             raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
-        if name is not None and os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
+        local = name is not None and os.path.isdir(name)
+        if local and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         loaded = super().from_pretrained(name, *args, **kwargs)

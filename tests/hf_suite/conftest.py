@@ -1,4 +1,4 @@
-"""What of transformers' tests runs, and when: all of it under `make test-all` and `make hf-suite`, a part with the rest."""
+"""Which of transformers' tests run, and when: all in `make hf-suite` and `make test-all`, a part in `make test`."""
 
 import pytest
 
@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items):
         if item.cls is None or item.path.name != "test_common.py":
             continue
         suite, test = item.cls.__name__, item.name
-        for (subject, pattern), reason in NOT_OURS.items():
-            if subject in suite and test.startswith(pattern):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        for exclusion in NOT_OURS:
+            if suite in exclusion.suites and test.startswith(exclusion.test):
+                item.add_marker(pytest.mark.skip(reason=exclusion.reason))
         if suite not in DAILY or test.startswith(LONG):
             item.add_marker(pytest.mark.slow)
 

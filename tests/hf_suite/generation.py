@@ -86,8 +86,9 @@ class GenerationTesterMixin:
     def test_generate_dict_outputs(self):
         for model, ids in self._each():
             model.set_attn_implementation("eager")
-            how = {"output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True}
-            found = model.generate(ids, return_dict_in_generate=True, **how, **GREEDY)
+            outputs = ("scores", "logits", "attentions", "hidden_states")
+            asked = {f"output_{output}": True for output in outputs}
+            found = model.generate(ids, return_dict_in_generate=True, **asked, **GREEDY)
             self.assertEqual(len(found.scores), NEW)
             self.assertEqual(found.logits[0].shape, (len(ids), model.config.vocab_size))
             layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads

@@ -3,7 +3,7 @@
     python -m tests.hf_suite.source        fetch the distribution of the installed version into .cache/, once
 
 The distribution holds the files tests/test_*.py alone. Two classes that its common tests import lie in folders below:
-of the tests of exports nothing is left, and byrote's own tests of `generate` stand for theirs (tests.hf_suite.generation).
+the tests of exports are missing, and for those of `generate` stand byrote's own (tests.hf_suite.generation).
 """
 
 from __future__ import annotations

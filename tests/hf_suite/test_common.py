@@ -9,7 +9,7 @@ from tests.hf_suite.source import fetched, load
 if not fetched():
     pytest.skip("transformers' own tests are not here: make hf-suite fetches them", allow_module_level=True)
 
-from tests.hf_suite.subjects import MEMORY, deepseek_v3, dlcm, engram  # noqa: E402
+from tests.hf_suite.subjects import MEMORY, deepseek_v3, dlcm, engram
 
 common, training = load("test_modeling_common"), load("test_training_mixin")
 
@@ -31,7 +31,7 @@ class TestEngramStreams(Suite, unittest.TestCase):
 
 
 class TestEngramPrediction(Suite, unittest.TestCase):
-    model_tester = engram(num_nextn_predict_layers=1)
+    model_tester = engram(num_nextn_predict_layers=1, attn_implementation="eager")
 
 
 class TestDLCM(Suite, unittest.TestCase):
