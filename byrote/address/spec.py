@@ -27,6 +27,7 @@ from byrote.address.vocabulary import vocabulary_digest
 
 FORMAT_VERSION = 1
 CONTRACTS = ("engram", "deepseek_v41")
+DEAD = int(np.iinfo(np.int64).min)  # the canonical id of what is no token: padding, and what lies before a document
 
 
 @dataclass(frozen=True)

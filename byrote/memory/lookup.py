@@ -10,6 +10,7 @@ that were asked for ahead of time (`prefetch.py`) are known by the tensor of the
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import weakref
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from byrote.memory.prefetch import Reading, Times, begin, warm
-from byrote.tables.gather import sum_rows as add_rows
+from byrote.tables.records import sum_rows
 from byrote.tables.table import Table
 
 
@@ -32,7 +33,7 @@ class Pending:
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Add row gradients [M, W] of row ids [M] (duplicates allowed)."""
-        self.parts.append(_summed(rows, gradient.float()))
+        self.parts.append(sum_rows(rows, gradient.float()))
 
     def drop(self) -> None:
         self.parts.clear()
@@ -48,29 +49,11 @@ class Pending:
             return None
         if len(parts) > 1:
             rows, gradient, _ = (torch.cat(column) for column in zip(*parts, strict=True))
-            parts = [_summed(rows, gradient)]
+            parts = [sum_rows(rows, gradient)]
         rows, gradient, touched = parts[0]
         if not touched.any():
             return None
         return (rows, gradient) if touched.all() else (rows[touched], gradient[touched])
-
-
-def sum_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the gradients [M, W] of equal row ids [M] -> ascending unique ids [U], sums [U, W].
-
-    The sort is stable and each sum runs in the order of occurrence, so equal input gives equal bits.
-    """
-    unique, sums, _ = _summed(rows, gradient)
-    return unique, sums
-
-
-def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `sum_rows` returns, and which of the sums are not all zero."""
-    if rows.device.type == "cpu" and len(rows) and int(rows.max()) < 2**31:
-        rows = rows.int()  # sorts in half the time
-    ordered, order = torch.sort(rows, stable=True)
-    unique, counts = torch.unique_consecutive(ordered, return_counts=True)
-    return unique.long(), *add_rows(gradient.contiguous(), order, counts.cumsum(0))
 
 
 @dataclass(eq=False)
@@ -89,7 +72,7 @@ class Lookup:
         self._readings: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lookup:
-        return self  # a copied model shares the table, and with it what waits for the table
+        return Lookup(copy.deepcopy(self.table, memo))  # nothing waits for it yet
 
     def begin(self, rows: Tensor) -> Reading | None:
         """Begin to read rows [...], if that is better done ahead of time."""

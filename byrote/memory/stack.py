@@ -15,21 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
-from byrote.address.spec import AddressSpec
+from byrote.address.hashing import canonical_ids, hash_rows, windows
+from byrote.address.spec import DEAD, AddressSpec
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
-from byrote.tables.device import DeviceTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.pinned import PinnedTable
-from byrote.tables.ram import RamTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.open import POINTER, move
 from byrote.tables.table import Table
 
 UNSET = -1
-POINTER = ".json"  # instead of a table's .safetensors
 
 
 class Memory(nn.Module):
@@ -134,8 +128,6 @@ class MemoryStack(nn.Module):
 
         On any thread, at any time: it changes nothing.
         """
-        if not any(hasattr(memory.table, "warm") for _, memory in self.items()):
-            return
         input_ids, position_ids = (x.to(self.vocabulary.device) for x in (input_ids, position_ids))
         first, alive = torch.zeros_like(input_ids[:, :1]), torch.ones_like(input_ids, dtype=torch.bool)
         sequence = Sequence.place(position_ids, alive, 0, first + NO_POSITION, first)
@@ -153,44 +145,18 @@ class MemoryStack(nn.Module):
         window = windows(ids, sequence.starts, tail, self.spec.max_order)
         return ids, ((layer.layer_id, hash_rows(window, layer, self.spec.pad_id)) for layer in self.spec.layers)
 
-    def shard(self) -> None:
-        """Spread the rows of every table over the ranks of the process group. All ranks call it."""
-        ranks = Ranks()
-        for _, memory in self.items():
-            memory.table = ShardedTable.split(memory.table, ranks)
+    def move(self, placement: str, device: torch.device | str | None = None) -> None:
+        """Bring every table, with the state of its rows, from RAM to another placement; "device" to `device`.
 
-    def to_device(self, device: torch.device | str) -> None:
-        """Bring every table, and the state of its rows, onto a device."""
-        for memory, table in self._in_ram():
-            memory.table = DeviceTable.of(table, device)
-
-    def pin(self) -> None:
-        """Lock the memory of every table, so that a GPU reads rows by itself."""
-        for memory, table in self._in_ram():
-            memory.table = PinnedTable.of(table)
-
-    def _in_ram(self) -> list[tuple[Memory, RamTable]]:
-        for layer_id, memory in self.items():
-            if not isinstance(memory.table, RamTable):
-                kind = type(memory.table).__name__
-                raise ValueError(
-                    f"table {layer_id} is a {kind}; only tables in RAM (placement='host') are pinned or moved elsewhere"
-                )
-        return [(memory, memory.table) for _, memory in self.items() if isinstance(memory.table, RamTable)]
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where tables of placement "device" are; None for other placements."""
-        tables = (memory.table for _, memory in self.items())
-        return next((table.device for table in tables if isinstance(table, DeviceTable)), None)
-
-    @property
-    def pinned(self) -> bool:
-        return any(isinstance(memory.table, PinnedTable) for _, memory in self.items())
+        For "sharded" all ranks of the process group call it.
+        """
+        memories = [memory for _, memory in self.items()]
+        for memory, table in zip(memories, move([m.table for m in memories], placement, device), strict=True):
+            memory.table = table
 
     @property
     def sharded(self) -> bool:
-        return any(isinstance(memory.table, ShardedTable) for _, memory in self.items())
+        return any(memory.table.sharded for _, memory in self.items())
 
     def read_times(self) -> tuple[float, float]:
         """Seconds that reads of all tables took, and for how many of them a forward stood still."""
@@ -211,8 +177,7 @@ class MemoryStack(nn.Module):
         checkpoint = self.is_checkpoint(folder)
         for layer_id, memory in self.items():
             path = self.table_path(folder, layer_id)
-            if checkpoint and isinstance(memory.table, LoggedTable):
-                memory.table.checkpoint(path.with_suffix(POINTER))
+            if checkpoint and memory.table.checkpoint(path.with_suffix(POINTER)):
                 continue
             memory.table.save(path)
             if checkpoint:

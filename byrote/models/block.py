@@ -47,7 +47,7 @@ class BlockOutput(NamedTuple):
 
 
 class Block(GradientCheckpointingLayer):
-    """`sublayer`: how many attentions and experts stand before those of this block; `attention` as byrote.nn.mla.MLA."""
+    """`sublayer`: how many attentions and experts stand before those of this block; `attention`: as byrote.nn.mla."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@
     memory_heads         hash heads per order;  memory_row_width: values in one row
     memory_pad_token_id  raw id that stands before a document;  memory_seed: of the multipliers
     memory_kernel_size   taps of the short convolution (0: none); its dilation is the highest order
-    memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
+    memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.placements.ram
     memory_codec         how rows are stored, in RAM and in files: "fp32", "bf16", "bf16-stochastic", "fp8", "int8" or
                          "int4"; see byrote.tables.codecs
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent

@@ -1,13 +1,14 @@
 """What a forward is given: refused while nothing is changed yet, then placed, its rows on the way, embedded.
 
 input_ids, labels [B, T]; attention_mask [B, past + T]; position_ids [B, T] or [1, T];
-inputs_embeds [B, T, d].
+inputs_embeds [B, T, d]. Further arguments, and other ways to say where documents begin: byrote.models.arguments.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache
 from byrote.address.hashing import check_known
 from byrote.memory import MemoryStack, MemoryState, Sequence, Ticket
 from byrote.memory.sequence import NO_POSITION, stepping
+from byrote.models import arguments
 from byrote.models.configuration import MemoryConfig
 from byrote.nn.mla import Cache as AttentionCache
 from byrote.nn.mtp import shift
@@ -32,15 +34,19 @@ class Entered(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What Hugging Face hands a model, checked: ids, mask, position ids, and a cache with `past` slots taken."""
+    """What Hugging Face hands a model, checked: ids, mask, position ids, and a cache with `past` slots taken.
 
-    vocab_size: int
+    `begins` bool [B, T]: where documents begin, in place of position ids.
+    """
+
+    config: MemoryConfig
     ids: Tensor
     mask: Tensor | None
     position_ids: Tensor | None
     cache: Cache | None
     past: int | Tensor
     embeds: Tensor | None
+    begins: Tensor | None
 
     @classmethod
     def of(
@@ -51,6 +57,7 @@ class Inputs:
         position_ids: Tensor | None,
         cache: Cache | None,
         inputs_embeds: Tensor | None,
+        further: dict[str, Any],
     ) -> Inputs:
         """ValueError unless `input_ids` are ids and the rest has their shape. Unknown ids are refused by `enter`."""
         if input_ids is None and inputs_embeds is not None and not config.memory_layers:
@@ -63,27 +70,49 @@ class Inputs:
             raise ValueError(f"input_ids is {list(input_ids.shape)}: give at least one token")
         (batch, steps), past = input_ids.shape, _length(cache)
         _check_shape("inputs_embeds", inputs_embeds, [batch, steps, config.hidden_size])
-        _check_shape("attention_mask", attention_mask, [batch, int(past) + steps], " (cached and new tokens)")
-        if position_ids is not None and list(position_ids.shape) != [1, steps]:
-            _check_shape("position_ids", position_ids, [batch, steps])
-        return cls(config.vocab_size, input_ids, attention_mask, position_ids, cache, past, inputs_embeds)
+        if attention_mask is not None:
+            arguments.check_mask(attention_mask, batch, int(past) + steps)
+        if position_ids is not None:
+            if list(position_ids.shape) != [1, steps]:
+                _check_shape("position_ids", position_ids, [batch, steps])
+            if position_ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"position_ids must be integers, got {position_ids.dtype}")
+        begins = arguments.begins(further, input_ids, int(past))
+        if attention_mask is not None and begins is None and (steps > 1 or stepping(attention_mask)):
+            begins = arguments.numbered(attention_mask, steps)
+        if begins is not None and position_ids is not None:
+            alive = torch.ones_like(begins) if attention_mask is None else attention_mask[:, -steps:].bool()
+            arguments.check_agree(begins, position_ids.expand(batch, -1), alive)
+            position_ids = None
+        return cls(config, input_ids, attention_mask, position_ids, cache, past, inputs_embeds, begins)
 
     def enter(self, embed_tokens: nn.Module, memories: MemoryStack | None, state: MemoryState | None) -> Entered:
         """Place the tokens, send for their rows, embed them, and let the decode state know them."""
         sequence, mask = self.place(state)
         tickets: dict[int, Ticket] = {}
         if memories is None:
-            check_known(self.ids, self.vocab_size, sequence.alive)
+            check_known(self.ids, self.config.vocab_size, sequence.alive)
         else:
             tickets = memories(self.ids, sequence, state)
+        self._warn_of_length(sequence)
         # From here on nothing is refused. Only what stands under padding may still be no id.
         x = self.embeds
         if x is None:
-            x = embed_tokens(self.ids.clamp(0, self.vocab_size - 1))
+            x = embed_tokens(self.ids.clamp(0, self.config.vocab_size - 1))
         if state is not None:
             state.advance("position", sequence.position_ids, sequence)
             state.advance("document", sequence.document, sequence)
         return Entered(x, sequence, mask, tickets)
+
+    def _warn_of_length(self, sequence: Sequence) -> None:
+        """Of packed rows the positions tell."""
+        longest = self.config.max_position_embeddings
+        if self._known > longest and int(sequence.position_ids.max()) >= longest:
+            warnings.warn(
+                f"tokens stand beyond max_position_embeddings={longest}: a model that was trained no further predicts "
+                "them badly. Give shorter texts, or train on with a larger number (an EngramConfig has `yarn` too)",
+                stacklevel=4,
+            )
 
     def place(self, state: MemoryState | None) -> tuple[Sequence, Tensor | None]:
         """The sequence of the new tokens, and the attention mask [B, 1, T, S].
@@ -91,7 +120,7 @@ class Inputs:
         None for a mask: plain causal over new tokens that are all there is, or a single one that sees all of the cache.
         """
         batch, steps = self.ids.shape
-        if steps == 1 and state is not None and stepping(self.ids):
+        if steps == 1 and state is not None and self.begins is None and stepping(self.ids):
             return self._step(state)
         key_alive = self._key_alive(batch, self.ids.device)
         last_position = self.ids.new_full((batch, 1), NO_POSITION)
@@ -99,11 +128,17 @@ class Inputs:
         if state is not None:
             last_position, last_document = state.tails["position"], state.tails["document"]
         position_ids = self.position_ids
-        if position_ids is None:  # the document goes on
-            position_ids = (last_position.clamp_min(-1) + key_alive[:, -steps:].cumsum(dim=1)).clamp_min(0)
+        if position_ids is None:  # the document goes on, but where another begins
+            alive = key_alive[:, -steps:]
+            count = alive.cumsum(dim=1)
+            position_ids = last_position.clamp_min(-1) + count
+            if self.begins is not None:
+                first = torch.where(self.begins, count + ~alive, 0).cummax(dim=1).values
+                position_ids = torch.where(first > 0, count - first, position_ids)
+            position_ids = position_ids.clamp_min(0)
         position_ids = position_ids.expand(batch, -1)
         sequence = Sequence.place(position_ids, key_alive[:, -steps:], self.past, last_position, last_document)
-        if self.mask is None and self.position_ids is None and self.cache is None:
+        if self.mask is None and self.position_ids is None and self.begins is None and self.cache is None:
             return sequence, None
         return sequence, self._visible(sequence, key_alive, self.past)
 
@@ -158,6 +193,8 @@ def targets_of(
 
 def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
     _check_shape(name, labels, list(input_ids.shape))
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, the ids to be predicted, got {labels.dtype}")
     unknown = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
     if bool(unknown.any()):
         row, position = (int(index) for index in unknown.nonzero()[0])
@@ -165,6 +202,12 @@ def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int)
             f"{name}[{row}, {position}] is {int(labels[row, position])}; "
             f"give ids below vocab_size={vocab_size}, and -100 where nothing is predicted"
         )
+
+
+def target_counts(targets: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
+    """(tokens to predict, of each row; by how many the loss is divided, never by 0: a loss over nothing is 0)"""
+    items = (targets != -100).sum(dim=1)
+    return items, items.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
 
 
 def _length(cache: Cache | None) -> int | Tensor:

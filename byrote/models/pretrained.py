@@ -6,7 +6,7 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
 from byrote.memory import MemoryStack
-from byrote.memory.stack import POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.nn.boundary import BoundaryHead
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.router import Router
-from byrote.tables import RamTable, Table
-from byrote.tables.cache import CachedTable, num_bytes
-from byrote.tables.checksums import write_sums
-from byrote.tables.device import accelerator
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.pinned import check_gpu
+from byrote.tables import Table
+from byrote.tables.files.checksums import write_sums
+from byrote.tables.files.headers import check_weights
+from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
 # What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
 EXACT = (HyperConnection, ManifoldConnection, GatedExit, BoundaryHead)
-PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
+MEMORY_BUFFERS = (".generation", ".vocabulary")
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -124,69 +120,65 @@ class MemoryPreTrainedModel(PreTrainedModel):
         With None, `config=` and `state_dict=` the weights are those of the state dict, and the tables are new.
         """
         name = pretrained_model_name_or_path
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
-        if placement == "device":
-            accelerator()  # before anything is loaded
-        if placement == "pinned":
-            check_gpu()
-        if cache is not None and placement != "file":
-            raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
-        if name is None and placement != "host":
-            raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
-        local = name is not None and os.path.isdir(name)
-        if local and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
+        if name is None:
+            if placement != "host":
+                raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
+            return super().from_pretrained(None, *args, **kwargs)
+        check_placement(placement, cache)  # before anything is loaded
+        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        if name is None:
-            return loaded
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isdir(name):
+            check_weights(_resolve(name, "", kwargs))
+        told = kwargs.pop("output_loading_info", False)
+        model: Any
+        info: Any
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
+            raise ValueError(
+                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only "
+                "names it knows leaves them out: take the weights that save_pretrained wrote"
+            )
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        model._open_tables(lambda file: _resolve(name, file, hub), placement)
-        if cache is not None and model.memory_stack is not None:
-            memories = [memory for _, memory in model.memory_stack.items()]
-            for memory in memories:
-                memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
+        tables = move(model._opened(lambda file: _resolve(name, file, hub), placement), placement)
+        model._put(tables if cache is None or not tables else cached(tables, cache))
+        return (model, info) if told else model
 
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
 
         `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded, pinned or on a device stay so.
         """
-        stack = self.memory_stack
-        if stack is not None and (stack.sharded or stack.pinned or stack.device is not None):
-            placement = "sharded" if stack.sharded else "pinned" if stack.pinned else "device"
-        self._open_tables(lambda file: Path(folder) / file, placement)
+        present = [] if self.memory_stack is None else [memory.table for _, memory in self.memory_stack.items()]
+        settled = any(table.settled for table in present)
+        tables = self._opened(lambda file: Path(folder) / file, "host" if settled else placement)
+        self._put([before.place(table) for before, table in zip(present, tables, strict=True)])
 
-    def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
-        stack = self.memory_stack
+    def _opened(self, find: Callable[[str], Path], placement: str) -> list[Table]:
+        """The tables that belong to this backbone."""
+        stack, tables = self.memory_stack, []
         if stack is None:
-            return
-        device, opened = stack.device, []
+            return []
         for layer_id, memory in stack.items():
-            path = find(stack.table_path(Path(), layer_id).name)
-            rows = stack.spec.layer(layer_id).rows
-            table = _open_table(path, placement, rows, self.config.memory_row_width, stack.spec.digest)
+            path, num_rows = find(stack.table_path(Path(), layer_id).name), stack.spec.layer(layer_id).rows
+            width, digest = self.config.memory_row_width, stack.spec.digest
+            table = open_table(path, placement, num_rows=num_rows, width=width, digest=digest)
             if int(memory.generation) != table.generation:
                 raise ValueError(
                     f"{path}: generation {table.generation}, the backbone was saved with "
                     f"{int(memory.generation)}: take both from one save_pretrained"
                 )
-            opened.append((memory, table))
-        for memory, table in opened:  # all or none
-            memory.table = table
-        if placement == "sharded":
-            stack.shard()
-        elif placement == "pinned":
-            stack.pin()
-        elif placement == "device":
-            stack.to_device(device or accelerator())
+            tables.append(table)
+        return tables
+
+    def _put(self, tables: Sequence[Table]) -> None:
+        if self.memory_stack is not None:
+            for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
+                memory.table = table
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -197,16 +189,6 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Read back what `save_row_state` wrote."""
         if self.memory_stack is not None:
             self.memory_stack.load_row_state(Path(folder))
-
-
-def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: str) -> Table:
-    """The table in `path`, or the one that the pointer beside it names."""
-    pointer = path.with_suffix(POINTER)
-    if pointer.is_file():
-        logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
-        return logged if placement == "file" else logged.in_memory()
-    opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
-    return opened.open(path, num_rows=num_rows, width=width, digest=digest)
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from byrote.memory import Memory, MemoryStack
-from byrote.tables.sharded import ShardedTable
 
 PATIENCE, EVERY, SAMPLE, GROWTH = 100, 10, 256, 100.0
 
@@ -88,7 +87,7 @@ class Guards:
                 )
             seen.looks = 0
             seen.heads.zero_()
-        if isinstance(table, ShardedTable):  # reading it is for all ranks together
+        if table.sharded:  # reading it is for all ranks together
             return
         rms = float(table.read(rows[:SAMPLE]).square().mean().sqrt())
         seen.first_rms = seen.first_rms or rms

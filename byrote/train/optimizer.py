@@ -26,15 +26,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from byrote.memory import Memory, MemoryStack
-from byrote.memory.exchange import exchange, totals
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
-from byrote.tables import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
-from byrote.tables.cache import CachedTable
-from byrote.tables.file import FileTable
-from byrote.tables.rules import update_rows
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.rules import row_rule as rule_named
 from byrote.train.guards import Guards
 from byrote.train.muon import Muon
 from byrote.train.mup import MuP
@@ -72,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.router_bias_rate = router_bias_rate
-        self.rule = _row_rule(row_rule, betas, eps, row_max_norm)
+        self.rule = rule_named(row_rule, betas=betas, eps=eps, max_norm=row_max_norm)
         self.muon = muon
         self.guards = Guards(next((module for module in model.modules() if isinstance(module, MemoryStack)), None))
         self.rows_touched = 0
@@ -217,20 +212,14 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if memory.anchor.grad is None:
                 pending.drop()  # the gradients were zeroed through a wrapper, which knows only the anchor
-            if isinstance(memory.table, ShardedTable) and isinstance(self.rule, SinkhornMomentum):
-                raise ValueError(
-                    "row_rule='sinkhorn' balances rows with one another, of which a rank has its own only: "
-                    "train sharded tables with 'adam' or 'adagrad'"
-                )
             rows, gradient = pending.take() or _nothing(memory.anchor, memory.table.width)
-            taken.append((memory, *exchange(memory.table, rows, gradient)))
+            taken.append((memory, *memory.table.exchange(rows, gradient)))
         # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
         moved = []
         for memory, rows, gradient in taken:
-            total, bad = totals(memory.table, len(rows), _not_finite(gradient))
-            table = memory.table.base if isinstance(memory.table, CachedTable) else memory.table
-            if total and isinstance(table, FileTable):
-                table.refuse()
+            total, bad = memory.table.totals(len(rows), _not_finite(gradient))
+            if total:
+                memory.table.check_rule(self.rule)
             if bad:
                 raise RuntimeError(
                     f"{bad} of {total} row gradients are not finite; nothing was changed. "
@@ -244,28 +233,11 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
         for memory, rows, gradient, total in row_gradients:
-            table = memory.table
-            if isinstance(table, ShardedTable):  # the rows are all this rank's own
-                rows, table = table.ranks.local(rows), table.part
-            if len(rows):
-                update_rows(table, self.rule, rows, gradient, rates[id(memory.anchor)])
+            if len(rows):  # a rank may have none of those that moved
+                memory.table.update(self.rule, rows, gradient, rates[id(memory.anchor)])
             memory.commit()
             self.rows_touched += total
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
-
-
-def _row_rule(name: str, betas: tuple[float, float], eps: float, max_norm: float | None) -> RowRule:
-    if name == "adam":
-        return LazyAdam(betas=betas, eps=eps, max_norm=max_norm)
-    if name == "adagrad":
-        return RowAdagrad(eps=eps, max_norm=max_norm)
-    if name != "sinkhorn":
-        raise ValueError(f"row_rule is {name!r}; it must be one of adam, adagrad, sinkhorn")
-    if max_norm is not None:
-        raise ValueError(
-            "row_max_norm has no effect under row_rule='sinkhorn', whose steps all have one length: drop it"
-        )
-    return SinkhornMomentum()
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:

@@ -26,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
-from byrote.train import filetables
+from byrote.train import file_tables as filetables
 from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint, sharded
-from byrote.train.config import TrainRecipe
 from byrote.train.evaluate import Score, Validation, evaluate, loss_options
 from byrote.train.metrics import Metrics
+from byrote.train.recipe import TrainRecipe
 from byrote.train.schedule import mtp_weight, schedule
 from byrote.train.signals import Signals
 

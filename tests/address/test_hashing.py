@@ -278,7 +278,7 @@ def test_compiles_as_one_graph():
 
 def test_compiled_remainders_are_those_of_integers():
     """Over all of int64, for primes of all sizes, at their multiples and at the ends."""
-    kernels = pytest.importorskip("byrote.address.kernels")
+    kernels = pytest.importorskip("byrote.address.loops")
     primes = np.array([[2, 3, 7, 65_537, 2_147_483_647, 4_294_967_311, 2**61 - 1, 2**63 - 25]])
     generator = np.random.default_rng(0)
     edges = [k * p + d for p in primes[0].tolist() for k in (-3, -1, 0, 1, 2**62 // p) for d in (-1, 0, 1)]

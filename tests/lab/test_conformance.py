@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from byrote.cli.conformance import conformance
-from byrote.lab.conformance_forward import check_forward_file
-from byrote.lab.conformance_hash import check_hash_file
+from byrote.lab.conformance.forward import check_forward_file
+from byrote.lab.conformance.hash import check_hash_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HASH, FORWARD = GOLDEN / "engram_hash_vectors.json", GOLDEN / "engram_forward.safetensors"

@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from byrote.address import engram, hash_rows, windows
 from byrote.cli.main import app
-from byrote.lab import gather_bench, step_bench, table_bench, update_bench
-from byrote.lab.ratios import Options, Row, at_most, compare, interleaved
+from byrote.lab.bench import gather as gather_bench
+from byrote.lab.bench import step as step_bench
+from byrote.lab.bench import tables as table_bench
+from byrote.lab.bench import update as update_bench
+from byrote.lab.bench.ratios import Options, Row, at_most, compare, interleaved
 
 
 def test_candidates_take_turns_and_the_first_round_does_not_count():

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainerCallback
 from transformers import trainer as trainer_module
 
 from byrote import EngramForCausalLM
-from byrote.tables import manifests
-from byrote.train import filetables
-from byrote.train.callback import TableCallback
+from byrote.tables.log import manifests
+from byrote.train import file_tables as filetables
+from byrote.train.hf_callback import TableCallback
 from tests.train.test_trainer_hf import assert_same, make, snapshot, snapshot_weights, trainer
 
 STEPS = 6
@@ -150,7 +150,7 @@ def test_a_crash_between_a_save_and_the_end_of_its_rotation(tmp_path, states, mo
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_crash_in_a_save(tmp_path, states, monkeypatch, when):
-    from byrote.tables.logged import LoggedTable
+    from byrote.tables.placements.logged import LoggedTable
 
     real, calls = LoggedTable.checkpoint, []
 

@@ -12,11 +12,12 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState
+from byrote.models.arguments import check_arguments
 from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.dlcm.trunk import DLCMModel, DLCMModelOutput, DLCMOutput
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import targets_of
+from byrote.models.inputs import target_counts, targets_of
 from byrote.nn.boundary import parser_loss
 from byrote.nn.loss import head_loss
 
@@ -75,6 +76,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         weighted by the share of `num_items_in_batch` that this batch predicts. `skip_logits`: with labels,
         make and return no logits.
         """
+        check_arguments(kwargs, type(self).forward)
         targets = targets_of(labels, shift_labels, input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
@@ -87,6 +89,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
             output_attentions=output_attentions,
             boundaries=boundaries,
             return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         skip_logits = skip_logits and targets is not None
@@ -95,16 +98,16 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         logits = None if skip_logits else self.lm_head(hidden[:, kept, :])
         loss, parser = None, None
         if targets is not None:
-            items = (targets != -100).sum(dim=1)
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            items, total = target_counts(targets, num_items_in_batch)
             if skip_logits:
                 loss = head_loss(self.lm_head, hidden, targets) / total
             else:
+                nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
                     logits,
                     labels,
                     vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
+                    num_items_in_batch=total if nothing else num_items_in_batch,
                     shift_labels=targets,
                 )
             if self.training and outputs.balance_loss is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from byrote.memory import Sequence
-from byrote.memory.concepts import NOWHERE, ConceptState
+from byrote.memory.concept_state import NOWHERE, ConceptState
 from byrote.memory.sequence import stepping
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.dlcm.block import ConceptBlock

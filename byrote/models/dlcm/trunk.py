@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from byrote.memory.concepts import ConceptState
+from byrote.memory.concept_state import ConceptState
 from byrote.memory.state import Field
+from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of
 from byrote.models.dlcm.block import TokenBlock
 from byrote.models.dlcm.configuration import DLCMConfig
@@ -125,10 +126,12 @@ class DLCMModel(DLCMPreTrainedModel):
         what the head reads; numbers ask for some. `output_attentions`: the weights [B, H, T, S] of each token block.
         `boundaries_only`: go no further than to choose them.
         """
+        check_arguments(kwargs, type(self).forward)
         shown = Shown.of(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
-        inputs = Inputs.of(self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        places = attention_mask, position_ids, past_key_values
+        inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
         self._check_boundaries(boundaries, inputs.ids)
         state = self._decode_state(inputs)
         x, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)

@@ -22,12 +22,13 @@ from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
+from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import Inputs, attention_cache, targets_of
+from byrote.models.inputs import Inputs, attention_cache, target_counts, targets_of
 from byrote.models.memories import make_memories, memory_fields
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.models.shown import Shown
@@ -113,10 +114,12 @@ class EngramModel(EngramPreTrainedModel):
         last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over all of the new tokens and return
         what each found, as `predictions`.
         """
+        check_arguments(kwargs, type(self).forward)
         shown = Shown.of(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
-        inputs = Inputs.of(self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        places = attention_mask, position_ids, past_key_values
+        inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
         state = self._decode_state(inputs)
         embeddings, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)
         angles = rotary(
@@ -220,6 +223,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
 
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
+        check_arguments(kwargs, type(self).forward)
         targets = targets_of(labels, shift_labels, input_ids, self.config.vocab_size)
         predict = self.training and targets is not None and len(self.model.mtp) > 0
         outputs = self.model(
@@ -234,22 +238,23 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
             output_streams=output_streams,
             predict=predict,
             return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         skip_logits = skip_logits and targets is not None
         logits = None if skip_logits else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss, further = None, None
         if targets is not None:
-            items = (targets != -100).sum(dim=1)
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            items, total = target_counts(targets, num_items_in_batch)
             if skip_logits:
                 loss = head_loss(self.lm_head, outputs.last_hidden_state, targets) / total
             else:
+                nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
                     logits,
                     labels,
                     vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
+                    num_items_in_batch=total if nothing else num_items_in_batch,
                     shift_labels=targets,
                 )
             if "balance_loss" in outputs:
