@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NoReturn, Self
 import numpy as np
 from transformers import PreTrainedConfig
 
-from byrote.address import AddressSpec, deepseek_v41, engram
+from byrote.address import CONTRACTS, AddressSpec
 from byrote.tables.codecs import CODECS
 
 # Annotations are objects here, and in the files of subclasses, because transformers reads them: no
@@ -150,11 +150,10 @@ class MemoryConfig(PreTrainedConfig):
             "heads": self.memory_heads,
             "layer_ids": self.memory_layers,
             "pad_id": self.memory_pad_token_id,
-            "max_order": len(self.memory_table_sizes) + 1,
+            "table_sizes": self.memory_table_sizes,
+            "seed": self.memory_seed,
         }
-        if self.memory_contract == "engram":
-            return engram(vocabulary, table_sizes=self.memory_table_sizes, seed=self.memory_seed, **common)
-        return deepseek_v41(vocabulary, table_size=self.memory_table_sizes[0], **common)
+        return CONTRACTS[self.memory_contract].build(vocabulary, **common)
 
     def _refuse(self, field: str, remedy: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -171,10 +170,8 @@ class MemoryConfig(PreTrainedConfig):
             not 0 <= layer < num_layers for layer in self.memory_layers
         ):
             refuse("memory_layers", f"ascending block numbers in 0..{num_layers - 1}, each once")
-        if self.memory_contract not in ("engram", "deepseek_v41"):
-            refuse("memory_contract", "must be 'engram' or 'deepseek_v41'")
-        if self.memory_contract == "deepseek_v41" and (len(set(self.memory_table_sizes)) > 1 or self.memory_seed):
-            refuse("memory_contract", "DeepSeek-V4.1 has one table size for all orders and seed 0")
+        if self.memory_contract not in CONTRACTS:
+            refuse("memory_contract", f"must be one of {', '.join(map(repr, CONTRACTS))}")
         if not self.memory_table_sizes or min(self.memory_table_sizes) < 1:
             refuse("memory_table_sizes", "one positive number of rows per order, for orders 2, 3, ...")
         for field in ("memory_heads", "memory_row_width"):

@@ -81,9 +81,7 @@ class RowRule(ABC):
         return self.in_place and numba_is_there()
 
     def step(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
-        """`update`, by the loop where there is one; values and state may be changed."""
-        if not self.compiled or values.device != CPU:
-            return self.update(values, state, gradient, rate)
+        """`update` by the loop, which changes values and state."""
         places = torch.arange(len(values))
         self.update_in_place(values, places, state, places, gradient, rate)
         return values, state

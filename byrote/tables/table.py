@@ -142,10 +142,11 @@ class Table(ABC):
 
     def update(self, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
         """One step of the rule: unique rows [U] by their summed gradient [U, W]."""
+        step = rule.update
         if rule.compiled and self.device == CPU:
-            rows, gradient = rows.cpu(), gradient.cpu().contiguous()
+            rows, gradient, step = rows.cpu(), gradient.cpu().contiguous(), rule.step
         values, state = self.read(rows), self.read_state(rows, rule.fields(self.width))
-        self.write(rows, *rule.step(values, state, gradient, rate))
+        self.write(rows, *step(values, state, gradient, rate))
 
     def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Unique ascending rows [U] and gradients [U, W] of this rank -> those it has to apply, means over the ranks.

@@ -20,7 +20,6 @@ SPECS = {
         heads=2,
         layer_ids=[1, 6],
         pad_id=5,
-        max_order=order,
     )
     for order in (2, 3, 4)
 }
@@ -72,7 +71,6 @@ def test_golden_hashes(golden):
             heads=config["n_head_per_ngram"],
             layer_ids=config["layer_ids"],
             pad_id=config["pad_id"],
-            max_order=config["max_ngram_size"],
             seed=config["seed"],
         )
         for (ids,) in both(np.array(case["compressed_ids"])):
@@ -94,11 +92,10 @@ def test_golden_dead_tokens_of_v41(golden, vocabulary):
     config, lookup = case["config"], vocabulary("deepseek-v4")
     spec = deepseek_v41(
         lookup,
-        table_size=config["engram_vocab_size"],
+        table_sizes=[config["engram_vocab_size"]] * (config["engram_max_ngram_size"] - 1),
         heads=config["engram_n_heads"],
         layer_ids=config["engram_layer_ids"],
         pad_id=config["engram_pad_id"],
-        max_order=config["engram_max_ngram_size"],
     )
     for mapping, ids, alive in both(lookup, np.array(case["input_ids"]), np.array(case["token_mask"])):
         for masked, expected in ((alive, case["rows_masked"]), (alive | True, case["rows_unmasked"])):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from byrote.address import AddressSpec, deepseek_v41, engram
-from byrote.address.contracts import draw_multipliers, multiplier_half_bound
-from byrote.address.spec import is_prime
+from byrote.address.contracts.engram import draw_multipliers, is_prime, multiplier_half_bound
 
 IDENTITY = np.arange(1000)
 
@@ -24,7 +23,6 @@ def case_spec(case, vocabulary):
         heads=config["n_head_per_ngram"],
         layer_ids=config["layer_ids"],
         pad_id=config["pad_id"],
-        max_order=config["max_ngram_size"],
         seed=config["seed"],
     )
 
@@ -45,7 +43,7 @@ def test_golden_constants(golden):
 
 
 def test_published_row_counts_of_v41():
-    spec = deepseek_v41(np.arange(99092), table_size=16_000_000, heads=8, layer_ids=[1, 14], pad_id=2)
+    spec = deepseek_v41(np.arange(99092), table_sizes=[16_000_000] * 3, heads=8, layer_ids=[1, 14], pad_id=2)
     assert [layer.rows for layer in spec.layers] == [384006168, 384016682]
     assert spec.columns == 24 and list(spec.orders) == [2, 3, 4]
 

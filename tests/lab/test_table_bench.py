@@ -35,7 +35,7 @@ def test_a_ratio_is_of_the_best_rival_in_the_same_round():
 
 
 def test_the_demo_recipe_gives_our_rows():
-    spec = engram(np.arange(500), table_sizes=[50, 90], heads=3, layer_ids=[1], pad_id=2, max_order=3)
+    spec = engram(np.arange(500), table_sizes=[50, 90], heads=3, layer_ids=[1], pad_id=2)
     ids = torch.randint(0, 500, (3, 20), generator=torch.Generator().manual_seed(0))
     seen = windows(ids, torch.zeros_like(ids, dtype=torch.bool), None, 3)
     expected = hash_rows(seen, spec.layers[0], 2).numpy()

@@ -83,7 +83,6 @@ def bench_hash(options: Options) -> Iterator[Row]:
         heads=8,
         layer_ids=[1],
         pad_id=pad,
-        max_order=3,
     )
     layer = spec.layers[0]
     table = RamTable(layer.rows, 64, digest=spec.digest)

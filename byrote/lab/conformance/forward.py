@@ -97,7 +97,6 @@ def _check_addresses(config: dict[str, Any], tensors: Tensors, case: Case) -> Te
         heads=config["n_head_per_ngram"],
         layer_ids=config["layer_ids"],
         pad_id=config["pad_id"],
-        max_order=config["max_ngram_size"],
         seed=config["seed"],
     )
     layer = spec.layer(config["layer_id"])

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from byrote.address import AddressSpec, canonical_ids, deepseek_v41, engram, hash_windows, windows
-from byrote.address.contracts import multiplier_half_bound
+from byrote.address.contracts.engram import multiplier_half_bound
 from byrote.address.vocabulary import compress, compress_texts, normalize, vocabulary_digest
 from byrote.lab.conformance.cases import Case, Divergence, FormatError, check_version, run_case
 
@@ -136,9 +136,9 @@ def _check_case(entry: dict[str, Any], maps: Maps, case: Case) -> None:
         heads=config["n_head_per_ngram"],
         layer_ids=config["layer_ids"],
         pad_id=pad_id,
-        max_order=config["max_ngram_size"],
         seed=config["seed"],
     )
+    case.exact("max_ngram_size", config["max_ngram_size"], spec.max_order)
     half_bound = multiplier_half_bound(spec.compressed_vocab_size)
     if "multiplier_half_bound" in entry:
         case.exact("multiplier_half_bound", entry["multiplier_half_bound"], half_bound)
@@ -168,11 +168,10 @@ def _check_v41(entry: dict[str, Any], maps: Maps, case: Case) -> None:
         case.exact("engram_compressed_vocab_size", config["engram_compressed_vocab_size"], vocabulary.max() + 1)
     spec = deepseek_v41(
         vocabulary,
-        table_size=config["engram_vocab_size"],
+        table_sizes=[config["engram_vocab_size"]] * (config["engram_max_ngram_size"] - 1),
         heads=config["engram_n_heads"],
         layer_ids=config["engram_layer_ids"],
         pad_id=config["engram_pad_id"],
-        max_order=config["engram_max_ngram_size"],
     )
     if "engram_num_embeddings" in config:
         rows = [layer.rows for layer in spec.layers]
