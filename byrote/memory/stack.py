@@ -115,8 +115,8 @@ class MemoryStack(nn.Module):
         self.spec = spec
         if vocabulary is not None:
             spec.check_vocabulary(vocabulary)
-        ids = torch.full((spec.vocab_size,), UNSET) if vocabulary is None else torch.from_numpy(vocabulary.copy())
-        self.register_buffer("vocabulary", ids)
+        self._known = vocabulary
+        self.register_buffer("vocabulary", self.known_vocabulary())
         self.memories = nn.ModuleDict(
             {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
         )
@@ -133,7 +133,14 @@ class MemoryStack(nn.Module):
         spec = self.spec.resized(vocabulary)
         for _, memory in self.items():
             memory.table.readdress(spec.digest)
-        self.spec, self.vocabulary = spec, torch.from_numpy(vocabulary).to(self.vocabulary.device)
+        self.spec, self._known = spec, vocabulary
+        self.vocabulary = torch.from_numpy(vocabulary.copy()).to(self.vocabulary.device)
+
+    def known_vocabulary(self) -> Tensor:
+        """The map that this stack was made with, int64 [V]; UNSET where it is to come with the weights."""
+        if self._known is None:
+            return torch.full((self.spec.vocab_size,), UNSET)
+        return torch.from_numpy(self._known.copy())
 
     def items(self) -> list[tuple[int, Memory]]:
         """(layer id, memory), in the order of the spec."""

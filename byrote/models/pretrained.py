@@ -20,11 +20,16 @@ from byrote.memory import MemoryStack
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.models.words import nearest
+from byrote.nn.boundary import BoundaryHead
+from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
+from byrote.nn.router import Router
 from byrote.tables import Table
 from byrote.tables.files.checksums import write_sums
 from byrote.tables.files.headers import check_weights
 from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
+# What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
+EXACT = (HyperConnection, ManifoldConnection, GatedExit, BoundaryHead)
 MEMORY_BUFFERS = (".generation", ".vocabulary")
 
 
@@ -38,6 +43,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *inputs, **kwargs)
+
+    def post_init(self) -> None:
+        # By what this model has, since a name that nothing bears keeps nothing exact.
+        named = self.named_modules()
+        exact = {name.rpartition(".")[2] for name, module in named if isinstance(module, EXACT) and module.state_dict()}
+        routed = any(isinstance(module, Router) for module in self.modules())
+        self._keep_in_fp32_modules_strict = exact | ({"selection_bias"} if routed else set())
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self._std(module))
@@ -111,7 +124,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        name: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         placement: str = "host",
         cache: int | str | None = None,
@@ -124,7 +137,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
         file-table run to the run's log. "sharded" spreads the rows over the ranks of the process group, which all call
         it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of tables in files that are read most, shared
         among the tables.
+
+        With None, `config=` and `state_dict=` the weights are those of the state dict, and the tables are new.
         """
+        name = pretrained_model_name_or_path
+        if name is None:
+            if placement != "host":
+                raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
+            return super().from_pretrained(None, *args, **kwargs)
         check_placement(placement, cache)  # before anything is loaded
         fields = cls.config_class.own_fields()  # type: ignore[union-attr]
         for word in kwargs:
