@@ -8,8 +8,10 @@ what belongs into a `state_dict`: the vocabulary map, and for each table an anch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
+from byrote.memory.anchor import Anchor, loaded, plain
 from byrote.memory.lookup import Lookup, Ticket
+from byrote.memory.mixing import Mixing, settle
 from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
 from byrote.tables.device import DeviceTable
@@ -47,25 +51,47 @@ class Memory(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(1))
         self.register_buffer("generation", torch.zeros(1, dtype=torch.int64))
         self.lookup = Lookup(table)
+        self.mixing: Mixing | None = None  # what the rows are to become
         self._checked: tuple[int, int, int] | None = None
+        Anchor.tie(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        settle(self)
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        Anchor.tie(made)
+        return made
 
     @property
     def table(self) -> Table:
+        Anchor.tie(self)  # a loader puts parameters of its own in place
+        settle(self)
         return self.lookup.table
 
     @table.setter
     def table(self, table: Table) -> None:
-        self.lookup = Lookup(table)
-        self._checked = None
+        self.lookup, self.mixing, self._checked = Lookup(table), None, None
+        Anchor.tie(self)
 
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
+        _ = self.table
         self._check_generation()
-        return Ticket(rows, self.anchor, self.lookup, self.lookup.begin(rows))
+        return Ticket(rows, plain(self.anchor), self.lookup, self.lookup.begin(rows))
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        settle(self)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if (name := f"{prefix}anchor") in state_dict:
+            state_dict[name] = loaded(state_dict[name], self)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def commit(self) -> None:
         """Close one step of row updates, here and in the table."""
-        self.generation.fill_(self.table.commit())
+        self.generation.fill_(self.lookup.table.commit())
 
     def _check_generation(self) -> None:
         # Reading the buffer waits for the device, so it is read again only when somebody may have written it.

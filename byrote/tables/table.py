@@ -23,7 +23,7 @@ A table with a true `asynchronous` reads row ids that are on a GPU there: a read
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,13 +46,20 @@ class Followers:
 
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self.changes = 0  # how often rows changed
+
+    def __iter__(self) -> Iterator[Follower]:
+        return iter(list(self._all))
 
     def add(self, follower: Follower) -> None:
         self._all.add(follower)
 
     def keep(self, rows: Tensor) -> None:
-        for follower in list(self._all):
+        if not rows.numel():
+            return
+        for follower in self:
             follower.keep(rows)
+        self.changes += 1
 
 
 @runtime_checkable
