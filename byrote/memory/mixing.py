@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byrote.memory.identity import next_identity
 from byrote.tables.copied import differing
 from byrote.tables.table import Table
 
@@ -37,6 +38,11 @@ class Mixing:
     def alone(self, table: Table) -> bool:
         """Whether there is no more to it than a factor on the table's own anchor, or a value from elsewhere."""
         return self.weights is not None and not self.weights.keys() - {table}
+
+    def fingerprint(self) -> int:
+        """Of the tables and weights in it."""
+        parts = [(source.identity, int(weight * 2**40)) for source, weight in (self.weights or {}).items()]
+        return next_identity(*(number for part in parts for number in part))
 
     def check(self, table: Table) -> None:
         if self.weights is None or abs(sum(self.weights.values()) - 1) > TOLERANCE:
@@ -68,12 +74,13 @@ def settle(memory: Any) -> None:
     parts = [_parts(rows_table(each), each.mixing.weights) for each in group]
     if len(group) > 1:  # they are made of one another: all are computed before any is changed
         parts = [iter(list(part)) for part in parts]
+    changes = [each.mixing.fingerprint() for each in group]
     for each in group:
         each.mixing = None
-    for each, part in zip(group, parts, strict=True):
+    for each, part, change in zip(group, parts, changes, strict=True):
         for rows, values in part:
             rows_table(each).write(rows, values)
-        each.commit()  # what was made of the buffers beside the anchor is void
+        each.commit(change)  # what was made of the buffers beside the anchor is void
 
 
 def rows_table(memory: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from byrote.address.hashing import DEAD, canonical_ids, hash_rows, windows
 from byrote.address.spec import AddressSpec
 from byrote.memory.anchor import Anchor, loaded, plain
+from byrote.memory.identity import next_identity
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.mixing import Mixing, settle
 from byrote.memory.sequence import NO_POSITION, Sequence
@@ -30,9 +31,10 @@ from byrote.tables.pinned import PinnedTable
 from byrote.tables.ram import RamTable
 from byrote.tables.ranks import Ranks
 from byrote.tables.sharded import ShardedTable
-from byrote.tables.table import Table
+from byrote.tables.table import UNKNOWN, Table
 
 UNSET = -1
+NO_GENERATION = -1
 POINTER = ".json"  # instead of a table's .safetensors
 
 
@@ -40,19 +42,22 @@ class Memory(nn.Module):
     """One table of a model.
 
     `anchor` [1] is all that autograd, DDP and PEFT see of it: its `requires_grad` freezes the table, its param group
-    sets the table's rate. `generation` [1] is saved with the backbone and must equal the table's.
+    sets the table's rate. `generation` and `identity` [1] are saved with the backbone and must equal the table's: how
+    often it was changed, and by which training. A backbone that was saved without them has NO_GENERATION and UNKNOWN.
     """
 
     anchor: nn.Parameter
     generation: Tensor
+    identity: Tensor
 
     def __init__(self, table: Table) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
         self.register_buffer("generation", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("identity", torch.full((1,), table.identity))
         self.lookup = Lookup(table)
         self.mixing: Mixing | None = None  # what the rows are to become
-        self._checked: tuple[int, int, int] | None = None
+        self._checked: tuple[int, ...] | None = None
         Anchor.tie(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
@@ -72,6 +77,7 @@ class Memory(nn.Module):
     @table.setter
     def table(self, table: Table) -> None:
         self.lookup, self.mixing, self._checked = Lookup(table), None, None
+        self.identity.fill_(table.identity)
         Anchor.tie(self)
 
     def ticket(self, rows: Tensor) -> Ticket:
@@ -87,21 +93,46 @@ class Memory(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if (name := f"{prefix}anchor") in state_dict:
             state_dict[name] = loaded(state_dict[name], self)
+        if f"{prefix}generation" in state_dict:  # older than identities
+            state_dict.setdefault(f"{prefix}identity", torch.full((1,), UNKNOWN))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def commit(self) -> None:
-        """Close one step of row updates, here and in the table."""
-        self.generation.fill_(self.lookup.table.commit())
+    def commit(self, change: int = 0) -> None:
+        """Close one step of row updates, here and in the table; `change` tells it from other steps."""
+        table = self.lookup.table
+        generation = table.commit()
+        table.identity = next_identity(table.identity, generation, change)
+        self.generation.fill_(generation)
+        self.identity.fill_(table.identity)
+
+    def forget(self, missing: set[str]) -> None:
+        """The backbone was loaded from a file without these of its buffers."""
+        if "generation" in missing:
+            self.generation.fill_(NO_GENERATION)
+        if missing:
+            self.identity.fill_(UNKNOWN)
+
+    def difference(self, table: Table) -> str:
+        """Why the backbone does not belong to a table; "" if it does, as far as both can tell."""
+        generation, identity = int(self.generation), int(self.identity)
+        if generation != table.generation:
+            return f"the backbone was saved at generation {generation} of its table, the table is at {table.generation}"
+        if UNKNOWN in (identity, table.identity) or identity == table.identity:
+            return ""
+        return (
+            f"the backbone and the table are both at generation {generation}, but of different trainings: "
+            f"{identity:016x} and {table.identity:016x}"
+        )
 
     def _check_generation(self) -> None:
         # Reading the buffer waits for the device, so it is read again only when somebody may have written it.
-        stamp = (id(self.generation), self.generation._version, self.table.generation)
+        table, saved = self.lookup.table, (self.generation, self.identity)
+        stamp = (table.generation, table.identity, *map(id, saved), *(buffer._version for buffer in saved))
         if stamp == self._checked:
             return
-        if int(self.generation) != self.table.generation:
+        if difference := self.difference(table):
             raise RuntimeError(
-                f"the backbone was saved at generation {int(self.generation)} of its table, the table is at "
-                f"{self.table.generation}: a plain load_state_dict does not bring tables back. Load both with "
+                f"{difference}: a plain load_state_dict does not bring tables back. Load both with "
                 "from_pretrained or model.load_tables(folder); the stock Trainer needs byrote.train.TableCallback()"
             )
         self._checked = stamp

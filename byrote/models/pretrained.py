@@ -6,6 +6,9 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
-from byrote.memory import MemoryStack
-from byrote.memory.stack import POINTER
+from byrote.memory import Memory, MemoryStack
+from byrote.memory.stack import NO_GENERATION, POINTER
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.tables import RamTable, Table
@@ -66,7 +69,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
-        """Backbone, then tables, then the config: a folder with a config is complete.
+        """Backbone, then tables, then the config: a folder with a config is complete, also one that is written over.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
         table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
@@ -78,18 +81,28 @@ class MemoryPreTrainedModel(PreTrainedModel):
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
             return
-        if stack is not None and tables:
-            for layer_id, _ in stack.items():  # they would be taken for this backbone's, were the save to be cut short
-                stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
-        super().save_pretrained(folder, **kwargs)
-        if stack is None or not tables or not kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(folder, **kwargs)  # gives its part, and writes nothing
             return
-        config, aside = folder / "config.json", folder / "config.json.tmp"
-        os.replace(config, aside)
-        stack.save_tables(folder)
-        for layer_id, _ in stack.items() if checksums else ():
-            write_sums(stack.table_path(folder, layer_id))
-        os.replace(aside, config)
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)
+        super().save_pretrained(aside, **kwargs)
+        config = aside / "config.json"
+        if config.exists():  # else an adapter is saved alone
+            (folder / config.name).unlink(missing_ok=True)
+            _remove_weights(folder, kwargs.get("variant"))
+        for file in aside.iterdir():
+            if file != config:
+                os.replace(file, folder / file.name)
+        if config.exists():
+            if stack is not None and tables:
+                for layer_id, _ in stack.items():
+                    stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
+                stack.save_tables(folder)
+                for layer_id, _ in stack.items() if checksums else ():
+                    write_sums(stack.table_path(folder, layer_id))
+            os.replace(config, folder / config.name)
+        aside.rmdir()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -119,8 +132,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        for prefix, module in model.named_modules():
+            if isinstance(module, Memory):
+                module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -131,7 +147,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             memories = [memory for _, memory in model.memory_stack.items()]
             for memory in memories:
                 memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
+        return (model, info) if wants_info else model
 
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
@@ -152,14 +168,23 @@ class MemoryPreTrainedModel(PreTrainedModel):
             path = find(stack.table_path(Path(), layer_id).name)
             rows = stack.spec.layer(layer_id).rows
             table = _open_table(path, placement, rows, self.config.memory_row_width, stack.spec.digest)
-            if int(memory.generation) != table.generation:
+            if int(memory.generation) == NO_GENERATION:
+                warnings.warn(
+                    f"{path}: taken on trust, since the backbone was saved without the generation of its table (by "
+                    "another tool?); save both again with save_pretrained",
+                    stacklevel=4,
+                )
+            elif int(memory.generation) != table.generation:
                 raise ValueError(
                     f"{path}: generation {table.generation}, the backbone was saved with "
                     f"{int(memory.generation)}: take both from one save_pretrained"
                 )
+            elif difference := memory.difference(table):
+                raise ValueError(f"{path}: {difference}; take both from one save_pretrained")
             opened.append((memory, table))
         for memory, table in opened:  # all or none
             memory.table = table
+            memory.generation.fill_(table.generation)
         if placement == "sharded":
             stack.shard()
         elif placement == "pinned":
@@ -186,6 +211,15 @@ def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: s
         return logged if placement == "file" else logged.in_memory()
     opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
     return opened.open(path, num_rows=num_rows, width=width, digest=digest)
+
+
+def _remove_weights(folder: Path, variant: str | None) -> None:
+    """Weights of an earlier save, in one file or in shards, which would be read beside those that come."""
+    variant = f".{re.escape(variant)}" if variant else ""
+    ours = re.compile(rf"model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{variant}\.json")
+    for file in folder.iterdir():
+        if ours.fullmatch(file.name):
+            file.unlink()
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

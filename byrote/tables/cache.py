@@ -57,6 +57,9 @@ class CachedTable:
     width = property(lambda self: self.base.width)
     digest = property(lambda self: self.base.digest)
     generation = property(lambda self: self.base.generation)
+    identity = property(
+        lambda self: self.base.identity, lambda self, identity: setattr(self.base, "identity", identity)
+    )
     followers = property(lambda self: self.base.followers)
     writes = property(lambda self: getattr(self.base, "writes"))  # noqa: B009  not every base counts them
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
-from byrote.tables.saved import FORMAT_VERSION
+from byrote.tables.saved import header_of
 from byrote.tables.stream import stream
 from byrote.tables.table import Table
 
@@ -69,8 +69,7 @@ def convert(
             report(end, source.num_rows)
             yield records.view(to.dtype)
 
-    about = {name: getattr(source, name) for name in ("digest", "generation", "num_rows", "width")}
-    header = {"format_version": FORMAT_VERSION, **about, "codec": codec}
+    header = header_of(source) | {"codec": codec}
     shape = (source.num_rows, size // to.dtype.itemsize)
     target.parent.mkdir(parents=True, exist_ok=True)
     stream(target, {"rows": (to.dtype, shape, pieces)}, header)

@@ -25,6 +25,8 @@ from byrote.tables.table import RowState, StateFields, check_row_ids
 class CopiedTable(OverlayTable):
     """The rows of `base` as they are now, whoever writes on."""
 
+    base: Any
+
     def __init__(self, base: Any, top: SparseRows | None = None) -> None:
         if top is None:
             top = SparseRows(base.num_rows, base.width, digest=base.digest, codec=base.codec)

@@ -2,7 +2,8 @@
 
 - rows:  tensor `rows` [R, W], or [R, B] of bytes for the packed codecs
 - state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
-- both:  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
+- both:  metadata `byrote` = JSON {format_version, digest, generation, identity, num_rows, width, codec}; `identity` is
+         16 hexadecimal digits, and absent in files that are older than it
 
 They are written by `stream.py`. A `RamTable` reads them whole, a `FileTable` in place.
 """
@@ -10,7 +11,7 @@ They are written by `stream.py`. A `RamTable` reads them whole, a `FileTable` in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ from torch import Tensor
 
 from byrote.tables.codecs import CODECS
 from byrote.tables.stream import stream
-from byrote.tables.table import RowState, check_row_ids
+from byrote.tables.table import UNKNOWN, RowState, check_row_ids
 
 FORMAT_VERSION = 1
 HEADER = ("digest", "generation", "num_rows", "width", "codec")
 
 
 def header_of(table: Any) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, **{name: getattr(table, name) for name in HEADER}}
+    about = {name: getattr(table, name) for name in HEADER}
+    identity = getattr(table, "identity", UNKNOWN)
+    return {"format_version": FORMAT_VERSION, **about} | ({"identity": f"{identity:016x}"} if identity else {})
+
+
+def identity_in(header: Mapping[str, Any]) -> int:
+    """Of a header, a pointer or any other JSON; UNKNOWN where it holds none."""
+    return int(header.get("identity", "0"), 16)
 
 
 def save_state_file(path: Path, table: Any, rows: Tensor, state: RowState) -> None:
@@ -84,6 +92,8 @@ def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
                 f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
                 "take rows and row state from one checkpoint"
             )
+    if UNKNOWN not in (identity_in(header), table.identity) and identity_in(header) != table.identity:
+        raise ValueError(f"{path}: the row state is of another training than the table; take both from one checkpoint")
     rows = arrays.pop("rows", torch.zeros(1))
     check_row_ids(rows, table.num_rows)
     if {array.shape[0] for array in arrays.values()} - {rows.numel()}:

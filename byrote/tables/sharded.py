@@ -83,6 +83,14 @@ class ShardedTable:
     def generation(self, generation: int) -> None:
         self.part.generation = generation
 
+    @property
+    def identity(self) -> int:
+        return self.part.identity
+
+    @identity.setter
+    def identity(self, identity: int) -> None:
+        self.part.identity = identity
+
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         unique, inverse = self._unique(rows.reshape(-1).cpu())
@@ -193,7 +201,7 @@ class _Part(RamTable):
 
     def __init__(self, whole: RamTable, ranks: Ranks) -> None:
         super().__init__(ranks.count(whole.num_rows), whole.width, digest=whole.digest, codec=whole.codec)
-        self.generation = whole.generation
+        self.generation, self.identity = whole.generation, whole.identity
         self._ranks = ranks
         self._whole: RamTable | None = whole
         touched = whole.touched()

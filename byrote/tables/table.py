@@ -10,6 +10,9 @@ writes a table first shows the rows to its `followers`, which are the copies tha
 Beside its values a row may carry the state of an update rule (`byrote.tables.rules`). That state is stored with
 the rows, for touched rows only, so it grows with the rows that were ever updated and not with the table.
 
+`generation` is the table's age, `identity` tells it from others of that age: a digest of how its rows came about, which
+moves on with every step (`byrote.memory.identity`). A table that was saved without one has UNKNOWN.
+
 A table may be read on another thread than it is written on, if it has `writes`: how often rows were written, counted
 before the first of them changes. Values that were read while the number changed may be of two moments; who reads ahead
 (`byrote.memory.prefetch`) throws them away. If its reads can wait for a device, it also has
@@ -22,6 +25,7 @@ A table with a true `asynchronous` reads row ids that are on a GPU there: a read
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +37,9 @@ from torch import Tensor
 
 RowState = dict[str, Tensor]
 StateFields = Mapping[str, tuple[int, ...]]
+
+
+UNKNOWN = 0  # identity of a table or a backbone that was saved without one
 
 
 class Follower(Protocol):
@@ -70,6 +77,7 @@ class Table(Protocol):
     width: int
     digest: str
     generation: int
+    identity: int
 
     def read(self, rows: Tensor) -> Tensor:
         """Rows [..., W] in float32 for row ids [...] of any shape, on the device of `rows`."""
@@ -102,6 +110,11 @@ class Table(Protocol):
     def stats(self) -> dict[str, Any]:
         """Rows, width, bytes, generation, rows with rule state."""
         ...
+
+
+def first_identity(*about: Any) -> int:
+    """Of a table that no step has changed yet, by what its rows are drawn from."""
+    return int.from_bytes(hashlib.sha256(repr(about).encode()).digest()[:8]) >> 1 or 1
 
 
 def check_row_ids(rows: Tensor, num_rows: int) -> None:

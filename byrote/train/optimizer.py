@@ -27,6 +27,7 @@ from torch.optim.adamw import adamw
 
 from byrote.memory import Memory, MemoryStack
 from byrote.memory.exchange import exchange, totals
+from byrote.memory.identity import change_of
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
@@ -244,12 +245,12 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
         self.rows_touched = 0
         for memory, rows, gradient, total in row_gradients:
-            table = memory.table
+            table, changed = memory.table, rows
             if isinstance(table, ShardedTable):  # the rows are all this rank's own
                 rows, table = table.ranks.local(rows), table.part
             if len(rows):
                 update_rows(table, self.rule, rows, gradient, rates[id(memory.anchor)])
-            memory.commit()
+            memory.commit(change_of(memory.table, changed, total))
             self.rows_touched += total
             self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
 
