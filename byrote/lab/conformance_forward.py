@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.address import AddressSpec, engram, hash_windows, windows
-from byrote.compiled import plain_twins
 from byrote.lab.conformance import Case, FormatError, check_version, run_case
 from byrote.nn.engram import Engram, Gate
+from byrote.ops.dispatch import plain_twins
 
 FORMAT = "engram-forward-golden/1"
 BF16_ROUNDING = 2**-8  # the most that rounding to bf16 moves a value, relative to it

@@ -37,6 +37,7 @@ class MemoryConfig:
 
     presets: dict[str, dict[str, Any]]
     vocab_size: int
+    hidden_size: int
     num_streams: int
     stream_connection: str
     memory_layers: list[int]

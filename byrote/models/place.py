@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from byrote.compiled.loops import stepping
 from byrote.memory import MemoryState, Sequence
-from byrote.memory.sequence import NO_POSITION, stepping
+from byrote.memory.sequence import NO_POSITION
 from byrote.nn.mla import Cache as AttentionCache
 
 

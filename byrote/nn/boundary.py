@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
+from byrote.ops.dispatch import one_loop
+from byrote.ops.steps import boundary
 
 
 class BoundaryHead(nn.Module):
@@ -39,8 +40,8 @@ class BoundaryHead(nn.Module):
         self.scan_size = scan_size
         self.query = self.key = None
         if scan_size:
-            self.query = nn.Linear(hidden_size, scan_size, bias=False)
-            self.key = nn.Linear(hidden_size, scan_size, bias=False)
+            self.query = Exact(hidden_size, scan_size, bias=False)
+            self.key = Exact(hidden_size, scan_size, bias=False)
 
     @torch.no_grad()
     def start(self) -> Tensor:
@@ -51,30 +52,27 @@ class BoundaryHead(nn.Module):
             return torch.eye(hidden)
         return nn.init.orthogonal_(torch.empty(scan, hidden))
 
+    @one_loop(boundary)
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
-        weights = () if self.query is None or self.key is None else (self.query.weight, self.key.weight)
-        if not self.training and decoding(h, *weights):
-            return self._compiled(h, starts, alive, tail)
         with torch.autocast(h.device.type, enabled=False):
-            query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
+            query, key = self.project(h.to(torch.promote_types(h.dtype, torch.float32)))
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
             before = torch.cat([before, query[:, :-1]], dim=1)
             cosine = (F.normalize(before, dim=-1) * F.normalize(key, dim=-1)).sum(dim=-1)
             p = ((1 - cosine) / 2).clamp(0, 1)
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
 
-    def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        if self.query is None or self.key is None:
-            return h, h
-        return F.linear(h, self.query.weight.to(h.dtype)), F.linear(h, self.key.weight.to(h.dtype))
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k of h, which is float32 at least."""
+        return (h, h) if self.query is None or self.key is None else (self.query(h), self.key(h))
 
-    def _compiled(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, key = self._project(h)
-        before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
-        p = query.new_empty(query.shape[:2])
-        run(kernels("concepts").boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
-        return p, query
+
+class Exact(nn.Linear):
+    """In the precision of what it is given, whatever its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def sharpen(p: Tensor, tau: float) -> Tensor:

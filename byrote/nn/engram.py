@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byrote.compiled import decoding, kernels, replaceable, run
-from byrote.nn.fuse import convolve, gate_logits, gated
+from byrote.ops.dispatch import one_loop
+from byrote.ops.memory import convolve, gate_logits, gated
+from byrote.ops.steps import memory
 
 ZeroGateRule = Literal["sign", "copysign"]
 
@@ -105,6 +106,7 @@ class Engram(nn.Module):
         """How many positions the convolution looks back."""
         return max(self.kernel_size - 1, 0) * self.dilation
 
+    @one_loop(memory)
     def forward(
         self,
         streams: Tensor,
@@ -117,8 +119,6 @@ class Engram(nn.Module):
 
         `tail` [B, tail_length, n * d]: the columns of the positions before, newest last, 0 where none.
         """
-        if self._steps(streams, embeddings, alive, starts, tail):
-            return self._as_one_loop(streams, embeddings, alive, starts, tail)  # type: ignore[arg-type]
         gates = self.gates(streams, embeddings)
         if alive is not None:
             gates = gates.masked_fill(~alive[..., None], 0.0)
@@ -133,29 +133,6 @@ class Engram(nn.Module):
         columns = columns.to(streams.dtype)
         addend = u + self.convolve(columns, _documents(alive, starts), tail)
         return addend.to(streams.dtype), columns.flatten(2)
-
-    def _steps(
-        self, streams: Tensor, embeddings: Tensor, alive: Tensor | None, starts: Tensor | None, tail: Tensor | None
-    ) -> bool:
-        """Whether one compiled loop can do the rest for a token a row, once there are keys and values."""
-        if streams.shape[1] != 1 or tail is None or alive is None or starts is None or not self.kernel_size:
-            return False
-        weights = self.query_gain, self.key_gain, self.conv_gain, self.conv_weight
-        return replaceable(self.gate, Gate) and decoding(streams, embeddings, tail, *weights)
-
-    def _as_one_loop(
-        self, streams: Tensor, embeddings: Tensor, alive: Tensor, starts: Tensor, tail: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows, (n, d) = len(streams), self.query_gain.shape
-        keys, value = (layer(embeddings).float().contiguous() for layer in (self.key, self.value))
-        inputs = streams.contiguous().view(rows, n, d), keys.view(rows, n, d), value.view(rows, d)
-        weights = self.query_gain * self.key_gain, self.conv_gain, self.conv_weight, self.dilation
-        tail = tail.reshape(rows, self.tail_length, n * d).contiguous()
-        places = tail, *(mask.reshape(rows).contiguous() for mask in (alive, starts))
-        options = self.gate.zero_gate_rule == "copysign", self.gate.eps, self.conv_eps
-        addend, columns = streams.new_empty(rows, n, d), streams.new_empty(rows, n * d)
-        run(kernels("fuse").step, *inputs, *weights, *places, *options, addend, columns)
-        return addend.view(streams.shape), columns.view(rows, 1, n * d)
 
     def gates(self, streams: Tensor, embeddings: Tensor) -> Tensor:
         keys = self.key(embeddings).unflatten(-1, (self.num_streams, self.hidden_size))

@@ -41,9 +41,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byrote.nn.connect import connect, connectable, write_back
-from byrote.nn.mix import project, read, write
-from byrote.nn.sinkhorn import sinkhorn
+from byrote.ops.connect import connect, connectable, write_back
+from byrote.ops.sinkhorn import sinkhorn
+from byrote.ops.streams import project, read, write
 
 Write = Callable[[Tensor], Tensor]
 Copy = Callable[[Tensor, Tensor], Tensor]

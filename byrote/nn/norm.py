@@ -16,22 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, kernels, learned, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable, learned
 
 
 class RMSNorm(nn.RMSNorm):
+    """In the precision of the weight, which autocast leaves in float32; the answer is in that of x."""
+
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.weight, self.eps
-        if eps is None or x.shape[-1:] != weight.shape or not compilable(x, weight):
-            return super().forward(x)
+        if eps is None or x.shape[-1:] != weight.shape or not compilable("norm", x, weight):
+            return super().forward(x.to(weight.dtype)).to(x.dtype)
         if learned(x, weight):
             return _Normalize.apply(x, weight, eps)  # type: ignore[no-any-return]
         return _normalize(x, weight, eps)[0]
-
-
-def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In the precision of the norm's weight: autocast leaves that in float32 and there is no mixed kernel."""
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class _Normalize(torch.autograd.Function):
@@ -47,7 +45,7 @@ class _Normalize(torch.autograd.Function):
         tokens, weight, scales = ctx.saved_tensors
         to_out = gradients[0].reshape(tokens.shape).contiguous()
         to_x, to_weight = torch.empty_like(tokens), torch.empty_like(weight)
-        run(kernels("norm").normalize_backward, tokens, weight, scales, to_out, to_x, sums=[to_weight])
+        run(_loops().normalize_backward, tokens, weight, scales, to_out, to_x, sums=[to_weight])
         return to_x.view(gradients[0].shape), to_weight, None
 
 
@@ -55,5 +53,11 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, T
     """y, x as tokens [N, d], s [N]"""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     out, scales = torch.empty_like(tokens), tokens.new_empty(len(tokens))
-    run(kernels("norm").normalize, tokens, weight, eps, out, scales)
+    run(_loops().normalize, tokens, weight, eps, out, scales)
     return out.view(x.shape), tokens, scales
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import norm
+
+    return norm

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, kernels, run
+from byrote.ops.top_k import top_k
 
 
 class Router(nn.Module):
@@ -95,12 +95,6 @@ class Router(nn.Module):
             biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
         return top_k(biased, self.top_k)
 
-    def load(self, ids: Tensor, alive: Tensor | None = None) -> Tensor:
-        """How many (alive) tokens chose each expert: int64 [E]."""
-        weight = torch.ones_like(ids) if alive is None else alive.unsqueeze(-1).expand_as(ids).long()
-        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
-        return counts.scatter_add_(0, ids.flatten(), weight.flatten())
-
     def record(self, counts: Tensor) -> None:
         """Add one forward's load to what the next `update_bias` sees; in evaluation do nothing.
 
@@ -133,13 +127,11 @@ class Router(nn.Module):
         return self
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Ids int64 [..., k] of the largest of scores [..., E], the largest first."""
-    if not compilable(scores):
-        return scores.topk(k, dim=-1).indices
-    ids = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
-    run(kernels("top_k").top_k, scores.reshape(-1, scores.shape[-1]).contiguous(), ids.view(-1, k))
-    return ids
+def load(ids: Tensor, num_experts: int, alive: Tensor | None = None) -> Tensor:
+    """How many (alive) tokens chose each expert: int64 [E]."""
+    weight = torch.ones_like(ids) if alive is None else alive.unsqueeze(-1).expand_as(ids).long()
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten(), weight.flatten())
 
 
 def sequence_balance_loss(scores: Tensor, k: int, alive: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 from byrote.tables.table import RowState, StateFields, Table
 from byrote.tables.touched import CPU
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from byrote.compiled import plain_twins
 from byrote.nn import gqa
 from byrote.nn.boundary import BoundaryHead
 from byrote.nn.concept_attention import NOWHERE, ConceptAttention, Places
 from byrote.nn.gqa import FEW, GroupedQueryAttention, attend_few, attend_few_compiled, split_heads
 from byrote.nn.rope import rotary
+from byrote.ops.dispatch import plain_twins
 
 DIM = 8
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from byrote.compiled import plain_twins
 from byrote.memory.sequence import carry
 from byrote.nn.engram import Engram, Gate, UngatedMemory
+from byrote.ops.dispatch import plain_twins
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "engram_forward.safetensors"
 CASES = ["branch4_n3", "branch1_n2", "zero_conv", "edge_gates", "short_T1"]

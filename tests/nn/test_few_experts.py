@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from byrote.compiled import plain_twins
 from byrote.nn.moe import MLP, DeepSeekMoE, Experts
+from byrote.ops.dispatch import plain_twins
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.compiled import plain_twins
-from byrote.nn.fuse import convolve, gate_logits, gated, plain_convolve
+from byrote.ops.dispatch import plain_twins
+from byrote.ops.memory import convolve, gate_logits, gated, plain_convolve
 from tests.nn.test_mix import assert_same, numbers, threads  # noqa: F401
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from byrote.nn.mix import plain_project, plain_read, plain_write, project, read, write
+from byrote.ops.streams import plain_project, plain_read, plain_write, project, read, write
 
 
 def numbers(*shape, dtype=torch.float32):

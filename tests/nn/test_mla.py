@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from byrote.compiled import plain_twins
 from byrote.nn.mla import MLA
 from byrote.nn.rope import rotary
+from byrote.ops.dispatch import plain_twins
 
 HIDDEN, ROPE = 32, 8
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from byrote.compiled import plain_twins
 from byrote.nn.norm import RMSNorm
+from byrote.ops.dispatch import plain_twins
 from tests.nn.test_mix import assert_same, numbers, threads  # noqa: F401
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from byrote.nn.swiglu import plain_swiglu, swiglu
+from byrote.ops.swiglu import plain_swiglu, swiglu
 from tests.nn.test_mix import assert_same, numbers, threads  # noqa: F401
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.compiled import plain_twins
 from byrote.nn.router import top_k
+from byrote.ops.dispatch import plain_twins
 
 SCORES = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, 1.0, -math.inf])
 

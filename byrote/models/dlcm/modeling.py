@@ -19,8 +19,8 @@ from byrote.models.dlcm.trunk import DLCMModel
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import check_labels
 from byrote.nn.boundary import parser_loss
-from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
+from byrote.ops.cross_entropy import head_loss
 
 
 class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):

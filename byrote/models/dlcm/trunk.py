@@ -57,14 +57,13 @@ class DLCMModel(DLCMPreTrainedModel):
 
     def memory_fields(self) -> dict[str, Field]:
         """The tails that a decode state of this model holds."""
-        fields = memory_fields(self.memories, self.encoder)
+        fields = memory_fields(self.memories, self.config)
         if self.concepts is not None:
-            size = self.concepts.boundary.scan_size or self.config.hidden_size
-            exact = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
-            fields["query"] = Field(1, (size,), dtype=exact)
+            exact = torch.promote_types(self.dtype, torch.float32)
+            fields["query"] = Field(1, (self.config.query_size,), dtype=exact)
             # No tail at all: it tells the cache of another concept transformer, whose keys would be no good here.
             opens = self.config.boundary_convention == "open"
-            fields["concepts"] = Field(0, (len(self.concepts.layers), self.config.concept_size, opens))
+            fields["concepts"] = Field(0, (self.config.num_concept_layers, self.config.concept_size, opens))
         return fields
 
     def attach_memory_state(self, cache: Cache) -> ConceptState:
@@ -74,7 +73,7 @@ class DLCMModel(DLCMPreTrainedModel):
 
     def begin(self, state: ConceptState, rows: int, device: torch.device) -> None:
         """Make what a decode state holds of so many rows, unless it is there."""
-        dtype = self.embed_tokens.weight.dtype
+        dtype = self.dtype
         state.begin(rows, dtype, device)
         state.begin_concepts(rows, self.config.hidden_size, dtype, device)
 
@@ -106,7 +105,6 @@ class DLCMModel(DLCMPreTrainedModel):
             raise ValueError(
                 f"boundaries must be bool {list(input_ids.shape)}, got {boundaries.dtype} {list(boundaries.shape)}"
             )
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         x, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
@@ -147,7 +145,7 @@ class DLCMModel(DLCMPreTrainedModel):
             balance_loss=None if found is None else found.balance_loss,
         )
 
-    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         cached = super()._cache(cache, use_cache)
         if cached is not None and self.config.boundary_convention == "literal":
             raise ValueError(

@@ -32,10 +32,10 @@ from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import check_ids, check_labels
 from byrote.models.memories import make_memories, memory_fields
 from byrote.models.place import attention_cache
-from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
+from byrote.ops.cross_entropy import head_loss
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -54,14 +54,14 @@ class EngramModel(EngramPreTrainedModel):
 
     def memory_fields(self) -> dict[str, Field]:
         """The tails that a decode state of this model holds."""
-        return memory_fields(self.memories, self.layers)
+        return memory_fields(self.memories, self.config)
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
 
     def begin(self, state: MemoryState, rows: int, device: torch.device) -> None:
         """Make what a decode state holds of so many rows, unless it is there."""
-        state.begin(rows, self.embed_tokens.weight.dtype, device)
+        state.begin(rows, self.dtype, device)
 
     @can_return_tuple
     def forward(
@@ -86,7 +86,6 @@ class EngramModel(EngramPreTrainedModel):
         all of the new tokens and return what each found, as `predictions`.
         """
         input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         embeddings, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
@@ -110,7 +109,7 @@ class EngramModel(EngramPreTrainedModel):
             record(layer, output, balance)
         result = BaseModelOutputWithPast(
             last_hidden_state=self.norm(self.exit(streams)),
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=None if use_cache is False else past_key_values,
             hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
         )
         if output_streams:

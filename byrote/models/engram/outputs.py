@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from byrote.nn.loss import head_loss
 from byrote.nn.mtp import shift
+from byrote.ops.cross_entropy import head_loss
 
 
 @dataclass

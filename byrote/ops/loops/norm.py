@@ -4,7 +4,7 @@
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import ONE, OPTIONS, TWO, UNIT
+from byrote.ops.loops.options import ONE, OPTIONS, TWO, UNIT
 
 
 @numba.njit(f"void(int64, int64, {TWO}, {ONE}, float32, {TWO}, {ONE})", **OPTIONS)

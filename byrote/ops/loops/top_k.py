@@ -8,7 +8,7 @@ largest integer is found without a branch.
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import TWO
+from byrote.ops.loops.options import TWO
 
 TAKEN = np.int64(np.iinfo(np.int64).min)
 SIGN, REST, INFINITY = np.int32(31), np.int32(0x7FFFFFFF), np.int32(0x7F800000)

@@ -8,7 +8,7 @@ latent. `up` [H * (n + v), c] is the matrix of W_UK and W_UV, head by head.
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
+from byrote.ops.loops.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
 
 
 @numba.njit(nogil=True, cache=True, inline="always")

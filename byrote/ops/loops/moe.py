@@ -4,8 +4,8 @@
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
-from byrote.nn.kernels.top_k import top_k
+from byrote.ops.loops.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
+from byrote.ops.loops.top_k import top_k
 
 
 @numba.njit(**OPTIONS)

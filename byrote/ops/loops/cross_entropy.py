@@ -1,10 +1,10 @@
-"""Cross-entropy of logits and its gradient in place, compiled; a row stays in the first cache. See `byrote.nn.loss`."""
+"""Cross-entropy of logits and its gradient in place, compiled; a row stays in the first cache. See `byrote.ops.cross_entropy`."""
 
 # No `from __future__ import annotations` here: numba reads the signatures.
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import ONE, OPTIONS, TWO, UNIT, exp
+from byrote.ops.loops.options import ONE, OPTIONS, TWO, UNIT, exp
 
 
 @numba.njit(f"void(int64, int64, {TWO}, int64[::1], int64, {ONE}, {ONE})", **OPTIONS)

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, learned, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable, learned
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     given = [x for x in (gate, up, weight) if x is not None]
-    if not compilable(*given):
+    if not compilable("swiglu", *given):
         return plain_swiglu(gate, up, weight)
     if learned(*given):
         return _SwiGLU.apply(gate, up, weight)  # type: ignore[no-any-return]
@@ -51,7 +52,7 @@ class _SwiGLU(torch.autograd.Function):
         to_up = None if up is None else torch.empty_like(up, memory_format=torch.contiguous_format)
         to_weight = to_out.new_empty(len(to_out))
         outputs = to_gate.view(-1), (to_gate if to_up is None else to_up).view(-1), to_weight
-        run(kernels("swiglu").swiglu_backward, *inputs, to_out, *outputs, tokens=len(to_out))
+        run(_loops().swiglu_backward, *inputs, to_out, *outputs, tokens=len(to_out))
         return to_gate, to_up, None if weight is None else to_weight.view(weight.shape)
 
 
@@ -59,7 +60,7 @@ def _swiglu(gate: Tensor, up: Tensor | None, weight: Tensor | None) -> Tensor:
     width = gate.shape[-1] // 2 if up is None else gate.shape[-1]
     out = gate.new_empty(*gate.shape[:-1], width)
     tokens = out.view(-1, width)
-    run(kernels("swiglu").swiglu, *_arrays(gate, up, weight), tokens, tokens=len(tokens))
+    run(_loops().swiglu, *_arrays(gate, up, weight), tokens, tokens=len(tokens))
     return out
 
 
@@ -75,3 +76,9 @@ def _arrays(gate: Tensor, up: Tensor | None, weight: Tensor | None) -> tuple[Ten
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1).contiguous()
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import swiglu
+
+    return swiglu

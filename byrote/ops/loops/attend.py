@@ -8,7 +8,7 @@ N = B T tokens of B rows; H heads of queries in G groups, n wide; S keys a row. 
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import OPTIONS, TWO, UNIT, exp
+from byrote.ops.loops.options import OPTIONS, TWO, UNIT, exp
 
 NOTHING = np.float32(-np.inf)
 

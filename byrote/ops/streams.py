@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable
 
 
 def project(streams: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """z, X"""
-    if compilable(streams):
+    if compilable("streams", streams):
         return _Project.apply(streams, weight, eps)  # type: ignore[no-any-return]
     return plain_project(streams, weight, eps), streams
 
@@ -45,7 +46,7 @@ def write(streams: Tensor, y: Tensor, mix: Tensor, post: Tensor) -> Tensor:
 
 def _fits(streams: Tensor) -> bool:
     """Whether the compiled loops can take X: they are written for four streams, which is what the papers have."""
-    return compilable(streams) and streams.shape[1] == 4 and streams.shape[2] % 16 == 0
+    return compilable("streams", streams) and streams.shape[1] == 4 and streams.shape[2] % 16 == 0
 
 
 def plain_project(streams: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,7 +89,7 @@ class _Read(torch.autograd.Function):
         kept, pre = streams.contiguous(), pre.contiguous()
         ctx.save_for_backward(kept, pre)
         x = torch.empty_like(kept[:, 0])
-        run(kernels("mix").read, kept, pre, x)
+        run(_loops().read, kept, pre, x)
         return x, streams.view_as(streams)
 
     @staticmethod
@@ -97,7 +98,7 @@ class _Read(torch.autograd.Function):
         streams, pre = ctx.saved_tensors
         to_x, to_streams = (gradient.contiguous() for gradient in gradients)
         to_pre = torch.empty_like(pre)
-        run(kernels("mix").read_backward, streams, pre, to_x, to_streams, to_pre)
+        run(_loops().read_backward, streams, pre, to_x, to_streams, to_pre)
         return to_streams, to_pre
 
 
@@ -107,7 +108,7 @@ class _Write(torch.autograd.Function):
         saved = [tensor.contiguous() for tensor in (streams, y, mix, post)]
         ctx.save_for_backward(*saved)
         out = torch.empty_like(saved[0])
-        run(kernels("mix").write, *saved, out)
+        run(_loops().write, *saved, out)
         return out
 
     @staticmethod
@@ -115,5 +116,11 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         to_each = [torch.empty_like(tensor) for tensor in saved]
-        run(kernels("mix").write_backward, *saved, gradients[0].contiguous(), *to_each)
+        run(_loops().write_backward, *saved, gradients[0].contiguous(), *to_each)
         return tuple(to_each)
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import streams
+
+    return streams

@@ -12,7 +12,7 @@ Here all coefficients of 16 tokens are found, and differentiated, while these to
 
 is written once, in the backward of `connect`, which has H. Therefore `write_back` hands dX' itself back as the gradient
 of its X, without H: the X that `connect` hands on is for `write_back` alone. float32 on a CPU, d a multiple of 16,
-convention "deepseek_v4"; everything else, and the twin, is `ManifoldConnection.coefficients` with `byrote.nn.mix`.
+convention "deepseek_v4"; everything else, and the twin, is `ManifoldConnection.coefficients` with `byrote.ops.streams`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable
 
 STREAMS = 4
 
 
 def connectable(streams: Tensor, eps: float) -> bool:
     """Whether X [N, n, d] can take this way; eps keeps Sinkhorn's scaling vectors in float32's range."""
-    return compilable(streams) and streams.shape[1] == STREAMS and streams.shape[2] % 16 == 0 and eps >= 1e-7
+    return compilable("connect", streams) and streams.shape[1] == STREAMS and streams.shape[2] % 16 == 0 and eps >= 1e-7
 
 
 def connect(
@@ -55,7 +56,7 @@ class _Connect(torch.autograd.Function):
         x, pre, post = torch.empty_like(kept[:, 0]), kept.new_empty(len(z), STREAMS), kept.new_empty(len(z), STREAMS)
         mix = kept.new_empty(len(z), STREAMS, STREAMS)
         inputs = kept, z, bias, scale, norm_eps, eps, steps  # z becomes weight RMS(vec X)
-        run(kernels("connect").connect, *inputs, x, pre, post, mix)
+        run(_loops().connect, *inputs, x, pre, post, mix)
         ctx.save_for_backward(kept, weight, bias, scale, z, pre, post, mix)
         ctx.options = norm_eps, eps, steps
         return x, post, mix, kept.view_as(kept)
@@ -68,7 +69,7 @@ class _Connect(torch.autograd.Function):
         to_streams, to_z = torch.empty_like(streams), torch.empty_like(z)
         to_bias, to_scale = torch.empty_like(bias), torch.empty_like(bias)
         inputs = streams, bias, scale, z, pre, post, mix, *ctx.options, *arrived
-        run(kernels("connect").connect_backward, *inputs, to_streams, to_z, sums=[to_bias, to_scale])
+        run(_loops().connect_backward, *inputs, to_streams, to_z, sums=[to_bias, to_scale])
         to_streams.flatten(1).addmm_(to_z, weight)
         groups = to_scale.split([STREAMS, STREAMS, STREAMS**2])
         to_scale = torch.stack([group.sum() for group in groups])
@@ -81,7 +82,7 @@ class _WriteBack(torch.autograd.Function):
         y = y.contiguous()
         ctx.save_for_backward(streams, y, post)
         out = torch.empty_like(streams)
-        run(kernels("mix").write, streams, y, mix, post, out)
+        run(_stream_loops().write, streams, y, mix, post, out)
         return out
 
     @staticmethod
@@ -90,5 +91,17 @@ class _WriteBack(torch.autograd.Function):
         streams, y, post = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         to_y, to_post, to_mix = torch.empty_like(y), torch.empty_like(post), post.new_empty(len(post), STREAMS, STREAMS)
-        run(kernels("mix").write_back_backward, streams, y, post, gradient, to_y, to_mix, to_post)
+        run(_stream_loops().write_back_backward, streams, y, post, gradient, to_y, to_mix, to_post)
         return gradient, to_y, to_mix, to_post
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import connect
+
+    return connect
+
+
+def _stream_loops() -> Any:
+    from byrote.ops.loops import streams
+
+    return streams

@@ -7,8 +7,8 @@ The loops behind `byrote.nn.boundary` and `byrote.nn.concept_attention`, which h
 import numba
 import numpy as np
 
-from byrote.nn.kernels.attend import NOTHING, mix
-from byrote.nn.kernels.options import ONE, OPTIONS, THREE, TWO, UNIT
+from byrote.ops.loops.attend import NOTHING, mix
+from byrote.ops.loops.options import ONE, OPTIONS, THREE, TWO, UNIT
 
 ZERO, HALF, LEAST = np.float32(0), np.float32(0.5), np.float32(1e-12)
 IDS, FLAGS = "int64[:,::1]", "boolean[:,::1]"

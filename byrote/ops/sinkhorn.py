@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable
 
 
 def sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:
     if torch.compiler.is_compiling():
         return plain_sinkhorn(logits, iterations=iterations, eps=eps)
-    if logits.shape[:2] == (4, 4) and eps >= 1e-7 and compilable(logits):
+    if logits.shape[:2] == (4, 4) and eps >= 1e-7 and compilable("sinkhorn", logits):
         flat = _Compiled.apply(logits.flatten(2), iterations, eps)
         return flat.view(logits.shape)  # type: ignore[no-any-return]
     return _Sinkhorn.apply(logits, iterations, eps)  # type: ignore[no-any-return]
@@ -78,7 +79,7 @@ class _Compiled(torch.autograd.Function):
         ctx.save_for_backward(shares)
         ctx.steps, ctx.eps = 2 * iterations - 1, eps
         mix = torch.empty_like(shares)
-        run(kernels("sinkhorn").forward, shares + eps, ctx.steps, eps, mix, tokens=shares.shape[2])
+        run(_loops().forward, shares + eps, ctx.steps, eps, mix, tokens=shares.shape[2])
         return mix
 
     @staticmethod
@@ -87,7 +88,7 @@ class _Compiled(torch.autograd.Function):
         (shares,) = ctx.saved_tensors
         to_shares = torch.empty_like(shares)
         arrays = gradients[0].contiguous(), to_shares
-        run(kernels("sinkhorn").backward, shares + ctx.eps, ctx.steps, ctx.eps, *arrays, tokens=shares.shape[2])
+        run(_loops().backward, shares + ctx.eps, ctx.steps, ctx.eps, *arrays, tokens=shares.shape[2])
         return shares * (to_shares - (to_shares * shares).sum(dim=0, keepdim=True)), None, None
 
 
@@ -107,3 +108,9 @@ def sinkhorn_slow(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> 
         rows = [sum(mix[i]) + eps for i in numbers]
         mix = [[mix[i][j] / rows[i] for j in numbers] for i in numbers]
     return torch.stack([torch.stack(row) for row in mix])
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import sinkhorn
+
+    return sinkhorn

@@ -1,4 +1,4 @@
-"""SwiGLU's product, compiled: one pass forward, one backward. `byrote.nn.swiglu` has the formula and the plain twin.
+"""SwiGLU's product, compiled: one pass forward, one backward. `byrote.ops.swiglu` has the formula and the plain twin.
 
 Gates and values come as flat arrays: the row of token t begins at t * pitch and is `width` long, so that both can lie
 side by side in one array, where the values of a token begin at `up_at`.
@@ -8,7 +8,7 @@ side by side in one array, where the values of a token begin at `up_at`.
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import ONE, OPTIONS, TWO, UNIT, exp
+from byrote.ops.loops.options import ONE, OPTIONS, TWO, UNIT, exp
 
 LAYOUT = "int64, int64"
 

@@ -22,22 +22,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, run
+from byrote.compiled.loops import run
+from byrote.ops.dispatch import compilable
 
 
 def gate_logits(streams: Tensor, keys: Tensor, gain: Tensor, eps: float) -> Tensor:
-    chosen = _GateLogits.apply if compilable(streams) else plain_gate_logits
+    chosen = _GateLogits.apply if compilable("memory_passes", streams) else plain_gate_logits
     return chosen(streams, keys, gain, eps)  # type: ignore[no-any-return]
 
 
 def gated(gates: Tensor, value: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """u, columns"""
-    chosen = _Gated.apply if compilable(value) else plain_gated
+    chosen = _Gated.apply if compilable("memory_passes", value) else plain_gated
     return chosen(gates, value, gain, eps)  # type: ignore[no-any-return]
 
 
 def convolve(columns: Tensor, taps: Tensor, documents: Tensor, dilation: int) -> Tensor:
-    chosen = _Convolve.apply if compilable(columns) else plain_convolve
+    chosen = _Convolve.apply if compilable("memory_passes", columns) else plain_convolve
     return chosen(columns, taps, documents, dilation)  # type: ignore[no-any-return]
 
 
@@ -71,7 +72,7 @@ class _GateLogits(torch.autograd.Function):
     def forward(ctx: Any, streams: Tensor, keys: Tensor, gain: Tensor, eps: float) -> Tensor:
         streams, keys, gain = streams.contiguous(), keys.contiguous(), gain.contiguous()
         logits, scales = streams.new_empty(streams.shape[:2]), streams.new_empty(*streams.shape[:2], 2)
-        run(kernels("fuse").logits, streams, keys, gain, eps, logits, scales)
+        run(_loops().logits, streams, keys, gain, eps, logits, scales)
         ctx.save_for_backward(streams, keys, gain, logits, scales)
         return logits
 
@@ -80,7 +81,7 @@ class _GateLogits(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         to_streams, to_keys, to_gain = (torch.empty_like(tensor) for tensor in saved[:3])
-        run(kernels("fuse").logits_backward, *saved, gradients[0].contiguous(), to_streams, to_keys, sums=[to_gain])
+        run(_loops().logits_backward, *saved, gradients[0].contiguous(), to_streams, to_keys, sums=[to_gain])
         return to_streams, to_keys, to_gain, None
 
 
@@ -90,7 +91,7 @@ class _Gated(torch.autograd.Function):
         gates, value, gain = gates.contiguous(), value.contiguous(), gain.contiguous()
         u = value.new_empty(*gates.shape, value.shape[1])
         columns = torch.empty_like(u)
-        run(kernels("fuse").gated, gates, value, gain, eps, u, columns)
+        run(_loops().gated, gates, value, gain, eps, u, columns)
         ctx.save_for_backward(gates, value, gain)
         ctx.eps = eps
         return u, columns
@@ -101,7 +102,7 @@ class _Gated(torch.autograd.Function):
         saved = ctx.saved_tensors
         to_u, to_columns = (gradient.contiguous() for gradient in gradients)
         to_gates, to_value, to_gain = (torch.empty_like(tensor) for tensor in saved)
-        run(kernels("fuse").gated_backward, *saved, ctx.eps, to_u, to_columns, to_gates, to_value, sums=[to_gain])
+        run(_loops().gated_backward, *saved, ctx.eps, to_u, to_columns, to_gates, to_value, sums=[to_gain])
         return to_gates, to_value, to_gain, None
 
 
@@ -110,7 +111,7 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, columns: Tensor, taps: Tensor, documents: Tensor, dilation: int) -> Tensor:
         columns, taps, documents = columns.contiguous(), taps.contiguous(), documents.contiguous()
         z = torch.empty_like(columns)
-        run(kernels("fuse").convolve, columns, taps, documents, dilation, z)
+        run(_loops().convolve, columns, taps, documents, dilation, z)
         ctx.save_for_backward(columns, taps, documents)
         ctx.dilation = dilation
         return z
@@ -121,5 +122,11 @@ class _Convolve(torch.autograd.Function):
         columns, taps, documents = ctx.saved_tensors
         to_columns, to_taps = torch.empty_like(columns), torch.empty_like(taps)
         inputs = columns, taps, documents, ctx.dilation, gradients[0].contiguous()
-        run(kernels("fuse").convolve_backward, *inputs, to_columns, sums=[to_taps])
+        run(_loops().convolve_backward, *inputs, to_columns, sums=[to_taps])
         return to_columns, to_taps, None, None
+
+
+def _loops() -> Any:
+    from byrote.ops.loops import memory
+
+    return memory

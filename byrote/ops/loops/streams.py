@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from byrote.vectors import LANES, load, splat, store
+from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
 F32, I64 = ir.FloatType(), ir.IntType(64)

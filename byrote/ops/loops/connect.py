@@ -7,10 +7,10 @@ z, and everything between it and pre, post and H, is laid out [24, 16]: a vector
 import numba
 import numpy as np
 
-from byrote.nn.kernels.mix import N, _connect_backward, _dots, _read, _square
-from byrote.nn.kernels.options import exp
-from byrote.nn.kernels.sinkhorn import _iterate, _unroll
-from byrote.vectors import LANES
+from byrote.compiled.vectors import LANES
+from byrote.ops.loops.options import exp
+from byrote.ops.loops.sinkhorn import _iterate, _unroll
+from byrote.ops.loops.streams import N, _connect_backward, _dots, _read, _square
 
 NUMBERS = N * (N + 2)
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)

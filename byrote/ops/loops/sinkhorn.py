@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from byrote.vectors import LANES, load, splat, store
+from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
 F32 = ir.FloatType()

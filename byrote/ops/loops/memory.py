@@ -1,10 +1,10 @@
-"""The passes of a memory over its tokens, compiled; `byrote.nn.fuse` has formulas, shapes and the plain twins."""
+"""The passes of a memory over its tokens, compiled; `byrote.ops.memory` has formulas, shapes and the plain twins."""
 
 # No `from __future__ import annotations` here: numba reads the signatures.
 import numba
 import numpy as np
 
-from byrote.nn.kernels.options import OPTIONS, THREE, TWO, UNIT, exp
+from byrote.ops.loops.options import OPTIONS, THREE, TWO, UNIT, exp
 
 
 def _compiled(*arrays):
