@@ -28,9 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.ops.dispatch import one_loop
-from byrote.ops.steps import boundary
-
 
 class BoundaryHead(nn.Module):
     """`scan_size` s: of q and k; 0 compares the states themselves, without parameters."""
@@ -52,18 +49,17 @@ class BoundaryHead(nn.Module):
             return torch.eye(hidden)
         return nn.init.orthogonal_(torch.empty(scan, hidden))
 
-    @one_loop(boundary)
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
         with torch.autocast(h.device.type, enabled=False):
-            query, key = self.project(h.to(torch.promote_types(h.dtype, torch.float32)))
+            query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
             before = torch.cat([before, query[:, :-1]], dim=1)
             cosine = (F.normalize(before, dim=-1) * F.normalize(key, dim=-1)).sum(dim=-1)
             p = ((1 - cosine) / 2).clamp(0, 1)
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
 
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """q and k of h, which is float32 at least."""
         return (h, h) if self.query is None or self.key is None else (self.query(h), self.key(h))
 

@@ -33,8 +33,6 @@ from torch import Tensor, nn
 
 from byrote.nn.gqa import FEW, attend, attend_few, split_heads
 from byrote.nn.norm import RMSNorm
-from byrote.ops.dispatch import one_loop
-from byrote.ops.steps import concept_attention
 
 Weighting = Literal["replicated", "uniform"]
 Kernel = Literal["dense", "sdpa", "flex", "varlen"]
@@ -127,7 +125,6 @@ class ConceptAttention(nn.Module):
         key, value = (split_heads(layer(z), self.head_dim) for layer in (self.k_proj, self.v_proj))
         return self.k_norm(key), value
 
-    @one_loop(concept_attention)
     def forward(self, h: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
         """What is to be added to h, [B, T, d_t]."""
         query = self.q_norm(split_heads(self.q_proj(self.token_norm(h)), self.head_dim))

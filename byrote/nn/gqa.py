@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byrote.nn.rope import rotate
-from byrote.ops.dispatch import one_loop
-from byrote.ops.steps import Cache, grouped_attention
+from byrote.ops.steps import Cache
 
 # Up to so many queries, plain products over the keys as they lie in the cache are faster than torch's attention.
 FEW = 16
@@ -43,7 +42,6 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    @one_loop(grouped_attention)
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Attend. Without a mask: plain causal over x, which then must be all there is; or one token, which sees all.
 
@@ -59,10 +57,6 @@ class GroupedQueryAttention(nn.Module):
                 "forward without a past, or of a single token, can go without"
             )
         few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
-        return self.read(query, key, value, mask, few)
-
-    def read(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, few: bool) -> Tensor:
-        """What queries [B, H, T, n] read, put out: [B, T, d]."""
         out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

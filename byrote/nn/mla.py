@@ -67,7 +67,7 @@ class MLA(nn.Module):
             raise ValueError(f"q_lora_rank={q_lora_rank}: give a positive number, or None for no query latent")
         self.num_heads = num_heads
         self.latent_dim, self.nope_dim = kv_lora_rank, qk_nope_head_dim
-        self.rope_dim, self.value_dim, self.eps = qk_rope_head_dim, v_head_dim, eps
+        self.rope_dim, self.value_dim = qk_rope_head_dim, v_head_dim
         query_dim = qk_nope_head_dim + qk_rope_head_dim
         self.softmax_scale = query_dim**-0.5 if softmax_scale is None else softmax_scale
         # Overridable, so that a test can run either mode on any input.
@@ -159,9 +159,7 @@ class MLA(nn.Module):
     def up(self, mixed: Tensor) -> Tensor:
         return torch.matmul(mixed, self._up_projections()[1].transpose(1, 2))
 
-    def mixed(
-        self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def mixed(self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None) -> Tensor:
         """Of absorbed queries [B, H, T, c]: the latents that each has mixed, of the same shape."""
         batch, _, tokens, _ = query.shape
         latent, rope_key = latent.to(query.dtype).squeeze(1), rope_key.to(query.dtype).squeeze(1)

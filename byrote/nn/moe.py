@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from byrote.nn.router import Router, load, sequence_balance_loss
 from byrote.ops.dispatch import one_loop
-from byrote.ops.steps import mixture, swiglu_layer
-from byrote.ops.swiglu import swiglu
+from byrote.ops.steps import mixture
 
 
 class MLP(nn.Module):
@@ -34,9 +33,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
-    @one_loop(swiglu_layer)
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Spread(torch.autograd.Function):
@@ -106,7 +104,8 @@ class Experts(nn.Module):
         gate_up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
         # Weighing the w numbers before the down projection is cheaper than the d after it, and the same.
         weight = _Spread.apply(gates.reshape(-1, 1), order, place.view(-1, 1)).squeeze(1)
-        hidden = swiglu(gate_up, weight=weight).to(down.dtype)
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up * weight.unsqueeze(-1)).to(down.dtype)
         out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
         return _Collect.apply(out, order, place)
 

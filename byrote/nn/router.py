@@ -34,8 +34,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.ops.top_k import top_k
-
 
 class Router(nn.Module):
     selection_bias: Tensor
@@ -93,7 +91,7 @@ class Router(nn.Module):
             best = worth.topk(self.topk_group, dim=-1).indices
             closed = torch.ones_like(worth, dtype=torch.bool).scatter(-1, best, False)
             biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-        return top_k(biased, self.top_k)
+        return biased.topk(self.top_k, dim=-1).indices
 
     def record(self, counts: Tensor) -> None:
         """Add one forward's load to what the next `update_bias` sees; in evaluation do nothing.
@@ -137,7 +135,7 @@ def load(ids: Tensor, num_experts: int, alive: Tensor | None = None) -> Tensor:
 def sequence_balance_loss(scores: Tensor, k: int, alive: Tensor | None = None) -> Tensor:
     """scores [B, T, E], alive bool [B, T] -> one loss per sequence [B]; 0 where nothing is alive."""
     experts = scores.shape[-1]
-    chosen = torch.zeros_like(scores).scatter(-1, top_k(scores.detach(), k), 1.0)
+    chosen = torch.zeros_like(scores).scatter(-1, scores.detach().topk(k, dim=-1).indices, 1.0)
     shares = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     weight = torch.ones_like(scores[..., :1]) if alive is None else alive.unsqueeze(-1).to(scores.dtype)
     tokens = weight.sum(dim=1).clamp(min=1)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled.loops import run
-from byrote.ops.dispatch import compilable, matrix
+from byrote.ops.dispatch import matrix
 
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
@@ -100,11 +99,6 @@ def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tenso
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted; written over the logits if it can be."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if compilable("cross_entropy", logits) and logits.numel():
-        losses = logits.new_empty(len(logits))
-        largest = logits.amax(dim=1)
-        run(_loops().cross_entropy, logits, targets.contiguous(), IGNORED, largest, losses)
-        return losses.sum(), logits
     predicted = (targets != IGNORED).unsqueeze(1)
     column = targets.clamp_min(0).unsqueeze(1)
     chosen = logits.gather(1, column)
@@ -114,9 +108,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = ((sums.log() + most - chosen) * predicted).sum()
     logits.mul_(predicted / sums)
     return loss, logits.scatter_add_(1, column, -predicted.to(logits.dtype))
-
-
-def _loops() -> Any:
-    from byrote.ops.loops import cross_entropy
-
-    return cross_entropy

@@ -1,7 +1,7 @@
 """Every layer is called: what wraps, patches or hooks one is in cached decoding as in the full forward.
 
-One layer of each kind in turn, in every model. A compiled loop or absorbed attention that read its weights instead would
-give the logits of the model without it.
+One layer of each kind in turn, in every model. A compiled loop or absorbed attention that read its weights instead
+would give the logits of the model without it.
 """
 
 import copy

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from byrote.nn.router import Router, sequence_balance_loss
+from byrote.nn.router import Router, load, sequence_balance_loss
 
 D, E, K = 16, 8, 2
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from byrote.nn import loss
+from byrote.ops import cross_entropy as loss
 from byrote.ops.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.nn.hyper import ManifoldConnection
-from byrote.ops.connect import connectable
 from byrote.ops.dispatch import plain_twins
+from byrote.ops.streams import connectable
 
 
 @pytest.fixture(params=[1, 2])
