@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,36 @@ def stepping(x: Tensor) -> bool:
     import torch
 
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's njit, without the GIL, kept in a file where numba finds a place to write, else made anew in each process.
+
+    With a signature it is compiled for these types, when it is first called, and Python alone can call it. Without, it
+    is compiled for what it is called with, by other loops too.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if signature is None:
+            return _made(function, (), options)
+        made = cache(lambda: _made(function, (signature,), options))
+
+        @wraps(function)
+        def loop(*arguments: Any) -> Any:
+            return made()(*arguments)
+
+        return loop
+
+    return decorate
+
+
+def _made(function: Callable[..., Any], signature: tuple[str, ...], options: dict[str, Any]) -> Any:
+    import numba
+
+    try:
+        return numba.njit(*signature, nogil=True, cache=True, **options)(function)
+    except (RuntimeError, OSError):  # "no locator available", as in a container whose files are read-only; a full disk
+        return numba.njit(*signature, nogil=True, **options)(function)
 
 
 def run(

@@ -1,9 +1,9 @@
 """Compiled loops of `places.py`. Row ids and places int64, counters uint8; all contiguous. They leave the GIL."""
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 
+from byrote.compiled import loops
 from byrote.tables.moves import prefetch
 from byrote.tables.places import EMPTY, HASHES, WAYS
 
@@ -13,7 +13,7 @@ HALF = np.uint64(32)
 
 
 def _compiled(function):
-    return numba.njit(cache=True, nogil=True)(function)
+    return loops.compiled()(function)
 
 
 @_compiled

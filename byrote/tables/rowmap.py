@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from byrote.compiled.loops import compiled
+
 ABSENT = -1
 SMALLEST = 64
 
@@ -83,9 +85,7 @@ def _int64(array: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _kernels() -> Any:
-    from numba import njit
-
-    @njit("int64(int64, int64[::1], int32[::1])", cache=True, nogil=True)
+    @compiled()
     def find(key, known, slots):  # type: ignore[no-untyped-def]
         """The slot of `key`, or the free one where it belongs."""
         mask = np.uint64(len(slots) - 1)
@@ -97,13 +97,13 @@ def _kernels() -> Any:
             slot = (slot + np.uint64(1)) & mask
         return np.int64(slot)
 
-    @njit("void(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1])", cache=True, nogil=True)
+    @compiled("void(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1])")
     def get(keys, values, known, stored, slots):  # type: ignore[no-untyped-def]
         for i in range(len(keys)):
             entry = slots[find(keys[i], known, slots)]
             values[i] = stored[entry] if entry >= 0 else -1
 
-    @njit("int64(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1], int64)", cache=True, nogil=True)
+    @compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1], int64)")
     def put(keys, values, known, stored, slots, count):  # type: ignore[no-untyped-def]
         for i in range(len(keys)):
             slot = find(keys[i], known, slots)
@@ -114,7 +114,7 @@ def _kernels() -> Any:
             stored[slots[slot]] = values[i]
         return count
 
-    @njit("void(int64[::1], int32[::1])", cache=True, nogil=True)
+    @compiled("void(int64[::1], int32[::1])")
     def place(known, slots):  # type: ignore[no-untyped-def]
         for entry in range(len(known)):
             slots[find(known[entry], known, slots)] = entry

@@ -5,13 +5,13 @@ latent. `up` [H * (n + v), c] is the matrix of W_UK and W_UV, head by head.
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 
+from byrote.compiled.loops import compiled
 from byrote.ops.loops.options import ONE, OPTIONS, THREE, TWO, UNIT
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _rotate(x, at, turns, out):
     for i in range(len(turns)):
         real, imaginary = x[at + 2 * i], x[at + 2 * i + 1]
@@ -19,7 +19,7 @@ def _rotate(x, at, turns, out):
         out[2 * i + 1] = real * turns[i, 1] + imaginary * turns[i, 0]
 
 
-@numba.njit(
+@compiled(
     f"void(int64, int64, {TWO}, {TWO}, {THREE}, {ONE}, float32, {TWO}, {THREE}, {THREE}, {TWO}, {TWO})",
     **OPTIONS,
 )

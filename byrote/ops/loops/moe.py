@@ -1,13 +1,13 @@
 """Routing and experts of the few tokens of a step of decoding, compiled: calls cost more than products there."""
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 
+from byrote.compiled.loops import compiled
 from byrote.ops.loops.options import ONE, OPTIONS, THREE, TWO, UNIT, exp
 
 
-@numba.njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _swiglu_layer(x, gate_matrix, up_matrix, down_matrix, weight, hidden, out):
     """out += weight down (silu(gate x) * up x)"""
     width, d = gate_matrix.shape
@@ -25,7 +25,7 @@ def _swiglu_layer(x, gate_matrix, up_matrix, down_matrix, weight, hidden, out):
         out[c] += total
 
 
-@numba.njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _largest(scores):
     """The place of the largest, of equal ones the first; as torch has it, what is not a number is larger than all."""
     place = 0
@@ -35,7 +35,7 @@ def _largest(scores):
     return place
 
 
-@numba.njit(
+@compiled(
     f"void(int64, int64, {TWO}, {TWO}, {ONE}, int64, boolean, float32, {THREE}, {THREE}, {TWO}, {TWO}, {TWO}, {TWO})",
     **OPTIONS,
 )

@@ -12,12 +12,12 @@ eps must be large enough (1e-7) that no entry of P, and so no u and v, leaves th
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from byrote.compiled.loops import compiled
 from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
@@ -94,7 +94,7 @@ _rows, _columns = _step(True), _step(False)
 _rows_backward, _columns_backward = _step_backward(True), _step_backward(False)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _iterate(tile, scalings, steps, eps):
     """scalings[s + 2] is what step s makes of scalings[s], by scalings[s + 1]; the first two, u and v, are 1."""
     scalings[:2] = 1
@@ -107,7 +107,7 @@ def _iterate(tile, scalings, steps, eps):
             _columns(matrix, old, old + size, old + 2 * size, eps)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _unroll(tile, scalings, steps, eps, gradient, to_tile):
     """dP of dH = `gradient`, after `_iterate`."""
     to_u, to_v = np.zeros((N, LANES), np.float32), np.zeros((N, LANES), np.float32)

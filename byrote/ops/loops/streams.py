@@ -5,11 +5,11 @@ a time. d is a multiple of 16.
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from byrote.compiled.loops import compiled
 from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
@@ -152,7 +152,7 @@ def _square(token, streams, out):
 def _compiled(*arrays):
     three, two = "float32[:,:,::1]", "float32[:,::1]"
     kinds = ", ".join(three if name == "three" else two for name in arrays)
-    return numba.njit(f"void(int64, int64, {kinds})", nogil=True, cache=True)
+    return compiled(f"void(int64, int64, {kinds})")
 
 
 @_compiled("three", "two", "three", "two", "three")
