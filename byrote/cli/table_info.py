@@ -9,6 +9,7 @@ from rich.console import Console
 
 OURS = "table-*.safetensors"
 
+
 def info(
     path: Annotated[Path, typer.Argument(help="A table file, a model folder, or a run folder.")],
 ) -> None:

@@ -23,6 +23,7 @@ from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
+from byrote.data.tokenizer import encode_prompt, shown
 from byrote.lab.gates_page import PAGE
 from byrote.lab.page import fill
 from byrote.nn.engram import Engram
@@ -80,7 +81,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
     memories = {name: module for name, module in model.named_modules() if isinstance(module, Engram)}
     if not memories:
         raise ValueError("the model has no Engram layer, so there are no gates: give a model with a memory")
-    ids = tokenizer(text)["input_ids"]
+    ids = encode_prompt(tokenizer, text)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         memory.gate.register_forward_hook(lambda _module, _inputs, gates, name=name: seen.update({name: gates}))
@@ -95,7 +96,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
         for hook in hooks:
             hook.remove()
     gates = torch.stack([seen[name][0].float().cpu() for name in memories]).numpy()
-    return GateTrace([tokenizer.decode([token]) for token in ids], gates, _layer_ids(list(memories)))
+    return GateTrace(shown(tokenizer, ids), gates, _layer_ids(list(memories)))
 
 
 def _layer_ids(names: list[str]) -> list[int]:

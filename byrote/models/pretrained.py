@@ -127,8 +127,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
             raise ValueError(
-                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only names "
-                "it knows leaves them out: take the weights that save_pretrained wrote"
+                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only "
+                "names it knows leaves them out: take the weights that save_pretrained wrote"
             )
         hub: dict[str, Any] = {
             key: kwargs[key]

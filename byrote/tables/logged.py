@@ -26,8 +26,8 @@ from byrote.tables import disk
 from byrote.tables.codecs import chance
 from byrote.tables.file import FileTable
 from byrote.tables.headers import check_fields, parse_object
-from byrote.tables.log import HEADER, RowLog
 from byrote.tables.log import FORMAT_VERSION as LOG_VERSION
+from byrote.tables.log import HEADER, RowLog
 from byrote.tables.ram import RamTable
 from byrote.tables.record import Record
 from byrote.tables.rowsfile import sample

@@ -33,6 +33,7 @@ class DataRecipe:
     tokenizer: str = ""  # a tokenizer folder to use instead of training one
     validation: float = 0.09  # share of the documents
     text_field: str = "text"
+    clean: bool = True  # close up blanks and drop repeated lines of prose; byrote.data.documents says how
     length: int = 256  # tokens in a row
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class DataRecipe:
 
     @property
     def options(self) -> Options:
-        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
+        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field, self.clean)
 
 
 @dataclass(frozen=True)

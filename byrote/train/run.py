@@ -19,7 +19,7 @@ from byrote.address import compress
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
-from byrote.data.tokenizer import load_tokenizer
+from byrote.data.tokenizer import encode_prompt, load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
 from byrote.tables.device import accelerator
 from byrote.tables.pinned import check_gpu
@@ -168,7 +168,7 @@ def sample(recipe: Recipe, trainer: Trainer, data: Path) -> str:
     """A continuation of the recipe's prompt, or of how the first validation document begins."""
     prompt, tokens = recipe.train.prompt, trainer.validation.data
     if prompt:
-        ids = trainer.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.tensor([encode_prompt(trainer.tokenizer, prompt)])
     else:
         ids = torch.from_numpy(tokens.tokens[: min(12, int(tokens.offsets[1]) - 1)].astype("int64"))[None]
     trainer.model.eval()
