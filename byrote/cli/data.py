@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from byrote.cli.output import terminal
 
 
 def data(
@@ -25,7 +26,7 @@ def data(
     from byrote.data.prepare import Options, default_folder, prepare
     from byrote.train.progress import DataLive
 
-    console = Console()
+    console = terminal()
     if not name:
         console.print(_listing())
         return
@@ -36,7 +37,7 @@ def data(
     for part in ("train", "validation"):
         counts = meta[part]
         numbers = ", ".join(f"{counts[key]:,} {key}" for key in ("documents", "bytes", "tokens"))
-        console.print(f"{part}: {numbers}", highlight=False)
+        console.print(f"{part}: {numbers}")
     console.print(f"{folder}: vocabulary {meta['vocab_size']:,}; text: {meta['licence']} ({meta['source']})")
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from byrote.cli.lab_mup import mup_check
 from byrote.cli.lab_scaling import dlcm_scaling
+from byrote.cli.output import terminal
 
 lab = typer.Typer(no_args_is_help=True, help="Studies of several runs.")
 
@@ -44,10 +44,16 @@ def run(
     from byrote.lab.table import markdown, rows
 
     logging.disable_progress_bar()
-    console = Console()
+    console = terminal()
     variants = plan(recipes, sets or [])
     out = Path("runs/lab") / (name or "+".join(dict.fromkeys(variant.model for variant in variants)))
-    columns = (TextColumn(out.name), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(out.name, total=None)
         try:
@@ -70,6 +76,6 @@ def run(
     typer.echo("\n" + markdown(rows(variants, results), seeds) + "\n")
     console.print(f"{out}: results.jsonl, table.md, and a folder for each run", soft_wrap=True)
     for cell, why in failures.items():
-        console.print(f"{cell}: {why}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{cell}: {why}", style="red", soft_wrap=True)
     if failures:
         raise typer.Exit(1)

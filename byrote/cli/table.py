@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from byrote.cli.output import progress, terminal, write
 from byrote.cli.table_convert import convert
 from byrote.cli.table_info import info
 from byrote.cli.table_verify import verify
@@ -39,7 +39,6 @@ def stats(
     byrote table stats recipes/tiny-engram.toml \\
         --set "model.memory_table_sizes=[1000000, 1000000]"
     """
-    from rich.progress import Progress
     from rich.table import Table
 
     from byrote.address import compress
@@ -50,7 +49,7 @@ def stats(
     from byrote.train.progress import DataLive
     from byrote.train.run import config_of, prepare_data
 
-    console = Console()
+    console = terminal()
     chosen = Recipe.load(recipe, sets or [])
     with DataLive(console, chosen.data.corpus) as live:
         data, _ = prepare_data(chosen, live.report)
@@ -59,7 +58,7 @@ def stats(
     if spec is None:
         raise ValueError(f"{recipe} describes a model without a memory; give one with model.memory_layers")
     layer = spec.layers[0]
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with progress(console) as bar:
         task = bar.add_task(f"layer {layer.layer_id}", total=None)
         curves = cache_curves(
             spec,
@@ -107,7 +106,7 @@ def bench(
     from byrote.train.allocator import keep_freed_memory
 
     keep_freed_memory()  # as in training: pages that each round has to ask for again are noise, ours and theirs
-    console = Console()
+    console = terminal()
     shown = Table(box=None, pad_edge=False)
     for column in ("what", "ms", "theirs", "ratio", "range", "goal", ""):
         shown.add_column(column, justify="left" if column in ("what", "") else "right", no_wrap=column != "what")
@@ -139,10 +138,10 @@ def bench(
         from byrote.lab.decode_bench import decode_memory, memory_line
 
         memory = decode_memory(Options(quick, folder=folder))
-        console.print(memory_line(memory), highlight=False)
+        console.print(memory_line(memory))
     for size in sizes:
         what = f"state of {size['rule']}, rows of {size['width']}: {size['bytes']:.3f} bytes for each {size['of each']}"
-        console.print(f"{what}, {size['resident']:.3f} in memory ({size['target']})", highlight=False)
+        console.print(f"{what}, {size['resident']:.3f} in memory ({size['target']})")
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
         content = {
@@ -152,4 +151,4 @@ def bench(
             "state": sizes,
             "decode": memory,
         }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        write(json_file, json.dumps(content, indent=2) + "\n")

@@ -25,6 +25,7 @@ import numpy as np
 from byrote.data.corpora import corpus
 from byrote.data.documents import Cleaning, Document, Found, cleaned, split, write_jsonl
 from byrote.data.sources import file_documents, find_files, huggingface_documents, huggingface_files
+from byrote.tables.disk import naming
 
 FORMAT, FORMAT_VERSION = "byrote-corpus", 2
 CHUNK = 512  # documents tokenized at a time
@@ -69,7 +70,7 @@ def prepare(
     _check_replaceable(folder, meta, found, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside the folder and renamed: an interrupted preparation leaves no half corpus.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+    with naming(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
         partial = Path(aside, "corpus")
         partial.mkdir()
         meta = {"format": FORMAT, **_build(options, partial, folder.parent / ".packages", report), "options": wanted}

@@ -134,6 +134,8 @@ def huggingface_documents(name: str, text_field: str) -> Iterator[Found]:
     except ImportError as error:
         raise ValueError("Hugging Face datasets need the package: pip install 'byrote[datasets]'") from error
     path, _, config = name.partition(":")
+    if not path:
+        raise ValueError(f"hf:{name} names no dataset; give hf:NAME, hf:NAME:CONFIG or hf:json:FILE")
     try:
         if path in LOADERS and config:
             rows = datasets.load_dataset(path, data_files=config, split="train")

@@ -60,7 +60,7 @@ def check_forward_file(path: Path) -> Iterator[Case]:
     check_version(header.get("format", ""), FORMAT, header.get("format_version"))
     try:
         configs = json.loads(header["cases"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} has no JSON object `cases` in its metadata: {error}") from error
     if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
         raise FormatError(f"{path}: `cases` is no object of objects")

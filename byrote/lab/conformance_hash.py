@@ -30,7 +30,7 @@ Maps = dict[str, np.ndarray | None]
 def check_hash_file(path: Path) -> Iterator[Case]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a readable JSON file: {error}") from error
     if not isinstance(data, dict):
         raise FormatError(f"{path} holds no JSON object")
@@ -163,6 +163,7 @@ def _check_v41(entry: dict[str, Any], maps: Maps, case: Case) -> None:
     config = entry["config"]
     vocabulary = _map_of(entry, maps, case)
     if vocabulary is None:
+        case.optional = entry.get("tokenizer") in maps  # its package is not installed, which the file cannot help
         return
     if "engram_compressed_vocab_size" in config:
         case.exact("engram_compressed_vocab_size", config["engram_compressed_vocab_size"], vocabulary.max() + 1)

@@ -25,7 +25,7 @@ from byrote.tables.cache import CachedTable, num_bytes
 from byrote.tables.checksums import write_sums
 from byrote.tables.device import accelerator
 from byrote.tables.file import FileTable
-from byrote.tables.headers import check_weights
+from byrote.tables.headers import check_weights, parse_object
 from byrote.tables.logged import LoggedTable
 from byrote.tables.pinned import check_gpu
 
@@ -123,6 +123,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         if os.path.isdir(name):
             check_weights(_resolve(name, "", kwargs))
+            if (config := _resolve(name, "config.json", kwargs)).is_file():
+                parse_object(config.read_bytes(), str(config))
         told = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):

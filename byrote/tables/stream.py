@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from byrote.tables.checksums import discard
+from byrote.tables.disk import naming
 
 NAMES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 Pieces = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]
@@ -30,7 +31,7 @@ def stream(path: Path, arrays: Mapping[str, Pieces], header: dict[str, Any]) -> 
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with naming(path), open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, pieces in arrays.values():
             for piece in pieces():

@@ -18,6 +18,8 @@ from typing import Any
 
 from byrote.data.prepare import Options
 
+MOST_THREADS = 1024  # with tens of thousands torch ends in a segmentation fault
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -114,6 +116,10 @@ class TrainRecipe:
                 'train.row_rule is "sinkhorn", which balances rows with one another: under train.placement "sharded" '
                 'a process has its own rows only; use "adam" or "adagrad"'
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas is {list(self.betas)}; give two numbers from 0 to below 1, as [0.9, 0.95]")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"train.threads is {self.threads}; at most {MOST_THREADS} can be started")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"train.decay is {self.decay}; it is a share of the steps, from 0 to 1")
         for name, example in {"step_at": "[0.8, 0.9]", "mtp_weight_at": "[0.68]"}.items():
@@ -146,9 +152,12 @@ class Recipe:
         if not path.exists():
             raise ValueError(f"no recipe {path}; the ones that come with byrote are in recipes/")
         try:
-            content = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            text = path.read_text("utf-8")
+            content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from error
+        if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+            raise ValueError(f"{path} is not a recipe: it has sections [model], [data] and [train], and nothing beside")
         for override in overrides:
             _apply(content, override)
         return cls.from_dict(content)
@@ -193,6 +202,10 @@ def _section(kind: Any, content: dict[str, Any], name: str) -> Any:
             value = tuple(value)
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
+        if type(value) is tuple and all(type(number) in (int, float) for number in value):
+            value = tuple(float(number) for number in value)
+        elif type(value) is tuple:
+            raise ValueError(f"{name}.{key} is {list(value)}; it must be numbers, like {list(default)}")
         if type(value) is not type(default):
             raise ValueError(f"{name}.{key} is {value!r}; it must be a {type(default).__name__}, like {default!r}")
         values[key] = value

@@ -27,10 +27,10 @@ class Live(Shown):
     def __init__(self, console: Console, name: str, steps: int):
         self.console, self.name, self.steps = console, name, steps
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeRemainingColumn(compact=True),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -58,11 +58,14 @@ class DataLive(Shown):
 
     def __init__(self, console: Console, name: str):
         self.console, self.name = console, name
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12), MofNCompleteColumn())
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
 
     def report(self, what: str, done: int, total: int) -> None:
+        if not total:
+            self.console.print(f"{self.name}: {what}")
+            return
         if what not in self.tasks:
             self.tasks[what] = self.bar.add_task(f"{self.name}: {what}", total=total)
             if not self.console.is_terminal:

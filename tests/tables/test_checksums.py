@@ -139,7 +139,13 @@ def test_bad_sidecars_are_refused(path, content, message):
 
 
 def test_a_sidecar_of_a_larger_file_reads_no_more_than_there_is(path):
-    about = {"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 10**17, "block_bytes": 10**17, "blocks": [""]}
+    about = {
+        "format_version": 1,
+        "algorithm": "blake2b-16",
+        "file_bytes": 10**17,
+        "block_bytes": 10**17,
+        "blocks": [""],
+    }
     sidecar(path).write_text(json.dumps(about))
     assert [damage.number for damage in verify(path)] == [0]
 

@@ -101,7 +101,9 @@ BAD_JSON = {
     "too deep": lambda text: "[" * 200_000,
     "no UTF-8": lambda text: text.encode("utf-16"),
     "a key twice": lambda text: text.replace("{", '{"format_version": 1, ', 1),
-    "numbers in words": lambda text: re.sub(r": (\d+)([,}])", r': "\1"\2', text).replace('version": "1"', 'version": 1'),
+    "numbers in words": lambda text: re.sub(r": (\d+)([,}])", r': "\1"\2', text).replace(
+        'version": "1"', 'version": 1'
+    ),
     "negative numbers": lambda text: re.sub(r": (\d+)([,}])", r": -\1\2", text).replace('version": -1', 'version": 1'),
     "fields that are gone": lambda text: '{"format_version": 1}',
 }
