@@ -136,11 +136,13 @@ def huggingface_documents(name: str, text_field: str) -> Iterator[Found]:
     path, _, config = name.partition(":")
     if not path:
         raise ValueError(f"hf:{name} names no dataset; give hf:NAME, hf:NAME:CONFIG or hf:json:FILE")
+    # What `datasets` keeps of files on this machine it knows by their times, which do not tell of every edit.
+    anew = "force_redownload" if huggingface_files(name) else None
     try:
         if path in LOADERS and config:
-            rows = datasets.load_dataset(path, data_files=config, split="train")
+            rows = datasets.load_dataset(path, data_files=config, split="train", download_mode=anew)
         else:
-            rows = datasets.load_dataset(path, config or None, split="train")
+            rows = datasets.load_dataset(path, config or None, split="train", download_mode=anew)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"hf:{name} cannot be loaded: {error.__cause__ or error}") from error
     if text_field not in rows.column_names:

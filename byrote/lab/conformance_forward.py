@@ -16,7 +16,7 @@ from torch import Tensor
 
 from byrote.address import AddressSpec, engram, hash_windows, windows
 from byrote.compiled import plain_twins
-from byrote.lab.conformance import Case, FormatError, check_version, run_case
+from byrote.lab.conformance import Case, FormatError, check_version, naming_the_file, run_case
 from byrote.nn.engram import Engram, Gate
 
 FORMAT = "engram-forward-golden/1"
@@ -50,6 +50,7 @@ GATE_AXES = {
 Tensors = Mapping[str, Tensor]
 
 
+@naming_the_file
 def check_forward_file(path: Path) -> Iterator[Case]:
     try:
         with safe_open(path, "pt") as file:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from byrote.address import AddressSpec, canonical_ids, deepseek_v41, engram, hash_windows, windows
 from byrote.address.contracts import multiplier_half_bound
 from byrote.address.vocabulary import compress, compress_texts, normalize, vocabulary_digest
-from byrote.lab.conformance import Case, Divergence, FormatError, check_version, run_case
+from byrote.lab.conformance import Case, Divergence, FormatError, check_version, naming_the_file, run_case
 
 FORMAT = "engram-hash-golden/1"
 PLACE = ("row", "position", "column")
@@ -27,6 +27,7 @@ PLACE = ("row", "position", "column")
 Maps = dict[str, np.ndarray | None]
 
 
+@naming_the_file
 def check_hash_file(path: Path) -> Iterator[Case]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from byrote.data.tokenizer import encode_prompt, shown
 from byrote.lab.gates_page import PAGE
 from byrote.lab.page import fill
 from byrote.nn.engram import Engram
+from byrote.tables.headers import check_fields, parse_object
 
 FORMAT_VERSION = 1
 CLOSED, OPEN = (38, 43, 49), (244, 185, 66)
@@ -66,12 +67,13 @@ class GateTrace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> GateTrace:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parse_object(Path(path).read_bytes(), str(path))
         if record.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format_version={record.get('format_version')}, this program reads {FORMAT_VERSION}"
                 ": record the trace again"
             )
+        check_fields(record, {"tokens": list, "gates": list, "layer_ids": list}, str(path))
         return cls(record["tokens"], np.asarray(record["gates"], dtype=np.float32), record["layer_ids"])
 
 

@@ -126,7 +126,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             if (config := _resolve(name, "config.json", kwargs)).is_file():
                 parse_object(config.read_bytes(), str(config))
         told = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
             raise ValueError(
                 f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only "

@@ -86,7 +86,7 @@ def check_fields(content: Mapping[str, Any], kinds: Mapping[str, type], source: 
     """ValueError that begins with `source` where a field is absent or of another type, or a number is negative."""
     for name, kind in kinds.items():
         value = content.get(name)
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             wanted = "int of 0 or more" if kind is int else kind.__name__
             raise ValueError(f"{source} is damaged ({name} must be {wanted}, got {_short(value)}); copy it again")
 

@@ -197,7 +197,7 @@ def _section(kind: Any, content: dict[str, Any], name: str) -> Any:
     _check(content, fields, f"{name}.")
     values = {}
     for key, value in content.items():
-        default = fields[key].default
+        default: Any = fields[key].default
         if isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         elif isinstance(default, float) and type(value) is int:

@@ -67,6 +67,7 @@ def test_prepare_writes_the_folder_and_is_idempotent(tmp_path, lines):
         assert (tokens.tokens[tokens.offsets[:-1]] == 0).all() and (tokens.tokens[tokens.offsets[1:] - 1] == 1).all()
         assert tokens.predicted == len(tokens) - len(documents)
     said.clear()
+    os.utime(lines, ns=(1, 1))  # the same bytes
     assert prepare(options, tmp_path / "out", lambda *what: said.append(what)) == meta and not said
     before = (tmp_path / "out/train.tokens.npy").read_bytes()
     prepare(Options(f"files:{lines}", vocab_size=290, validation=0.1), tmp_path / "out")
@@ -93,8 +94,7 @@ def test_an_edit_is_noticed_and_a_run_does_not_go_on_with_another_text(tmp_path,
     first, out = prepare(options, tmp_path / "out"), tmp_path / "out"
     assert first["vocab_size"] == 270
     state = Loader(Packer(Tokens.open(out, "train"), 2, 8, 0), 0).state_dict()
-    os.utime(lines, ns=(1, 1))
-    assert prepare(options, out) == first  # the same bytes
+    assert prepare(options, out) == first
     if kind == "tokenizer":
         edit(tmp_path / "mine/tokenizer.json", '"<|pad|>"', '"<|pat|>"')
     else:
