@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from byrote.cli.conformance import conformance
+from byrote.cli.main import app
 from byrote.lab.conformance_forward import check_forward_file
 from byrote.lab.conformance_hash import check_hash_file
 
@@ -19,9 +18,7 @@ HASH, FORWARD = GOLDEN / "engram_hash_vectors.json", GOLDEN / "engram_forward.sa
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(conformance)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["conformance", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
