@@ -118,13 +118,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             check_gpu()
         if cache is not None and placement != "file":
             raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
-            # transformers would go on with the default config.
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        if os.path.isdir(name):
-            check_weights(_resolve(name, "", kwargs))
-            if (config := _resolve(name, "config.json", kwargs)).is_file():
-                parse_object(config.read_bytes(), str(config))
+        _check_folder(name, kwargs)
         told = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -198,6 +192,18 @@ def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: s
         return logged if placement == "file" else logged.in_memory()
     opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
     return opened.open(path, num_rows=num_rows, width=width, digest=digest)
+
+
+def _check_folder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """ValueError that names the file of a saved folder that is absent or damaged."""
+    if not os.path.isdir(name):
+        return
+    if "config" not in kwargs:
+        config = _resolve(name, "config.json", kwargs)
+        if not config.is_file():  # transformers would go on with the default config
+            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
+        parse_object(config.read_bytes(), str(config))
+    check_weights(_resolve(name, "", kwargs))
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

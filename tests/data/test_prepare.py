@@ -12,7 +12,6 @@ from byrote.data.documents import read_jsonl
 from byrote.data.loader import Loader
 from byrote.data.packing import Packer, Tokens
 from byrote.data.prepare import Options, default_folder, prepare
-from byrote.data.sources import file_documents, find_files
 from byrote.data.tokenizer import encode_documents, encode_prompt, load_tokenizer, shown, train_tokenizer
 
 WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905
@@ -225,81 +224,7 @@ def test_prepare_errors(tmp_path, lines):
         Tokens.open(tmp_path / "out", "train")
 
 
-def test_files_folders_and_globs(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/one.txt").write_text("one")
-    (tmp_path / "a/two.md").write_text("two")
-    (tmp_path / "a/no.bin").write_bytes(b"\xff")
-    assert [f.name for f in find_files([str(tmp_path / "a"), str(tmp_path / "**/*.txt")])] == [
-        "one.txt",
-        "two.md",
-    ]
-    (tmp_path / "bad.txt").write_bytes(b"ok \xff")
-    with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8 text \(byte 3 of"):
-        list(file_documents([tmp_path / "bad.txt"], "text"))
-    (tmp_path / "a[1].txt").write_text("brackets")
-    assert find_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
-    (tmp_path / "folder.txt").mkdir()
-    assert [f.name for f in find_files([str(tmp_path)])] == ["one.txt", "two.md", "a[1].txt", "bad.txt"]
-    with pytest.raises(ValueError, match="no text file matches ''"):
-        find_files([""])
-
-
-SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
-
-
-def test_lines_of_json_as_people_have_them(tmp_path):
-    path = tmp_path / "x.jsonl"
-    records = [
-        json.dumps({"text": text}, ensure_ascii=False).encode()
-        for text in ("one", f"two{SEPARATORS[:3]}three", "\u6c34")
-    ]
-    escaped = json.dumps({"text": SEPARATORS}).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + records[0] + b"\r\n\r\n  \n" + records[1] + b"\n" + escaped + b"\n" + records[2])
-    found = list(file_documents([path], "text"))
-    assert [text.text for text in found] == ["one", f"two{SEPARATORS[:3]}three", SEPARATORS, "\u6c34"]
-    assert [text.name for text in found] == [f"{path}#{number}" for number in (1, 4, 5, 6)]
-
-
-BAD_LINES = {
-    "cut": (b'{"text": "unfin', "is no JSON"),
-    "null": (b'{"text": null}', "'text' is null and no text"),
-    "a number": (b'{"text": 17}', "'text' is 17 and no text"),
-    "nested": (b'{"text": {"text": "a"}}', "'text' is .* and no text"),
-    "a list": (b'["text"]', "is no object but"),
-    "a bare text": (b'"text"', "is no object but"),
-    "nothing": (b"null", "is no object but null"),
-    "too deep": (b"[" * 200_000, "is no JSON"),
-    "half of a pair": (b'{"text": "ab\\ud800"}', r"character 2 is \\ud800, half of a pair"),
-    "another key": (b'{"content": "a"}', "has no field 'text'; it has .*--text-field"),
-    "Windows-1252": (b'{"text": "\xe9"}', r"is not UTF-8 text \(byte 24 of the file\)"),
-    "a control character": (b'{"text": "a\x0cb"}', "is no JSON"),
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=f"{path} line 2:? {message}"):
-        list(file_documents([path], "text"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "py"])
-def test_text_of_wide_characters_is_named(tmp_path, encoding, suffix):
-    path, mark = tmp_path / f"x.{suffix}", "\ufeff" if encoding.endswith("be") else ""
-    path.write_bytes((mark + '{"text": "a"}\n').encode(encoding))
-    with pytest.raises(ValueError, match=rf"{path}( line 1)? is UTF-(16|32) text; convert it to UTF-8 first"):
-        list(file_documents([path], "text"))
-
-
-def test_a_mark_of_utf_8_is_no_text(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone")
-    assert [found.text for found in file_documents([tmp_path / "x.txt"], "text")] == ["one"]
-    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\xff")
-    with pytest.raises(ValueError, match="byte 6 of"):
-        list(file_documents([tmp_path / "x.txt"], "text"))
+def test_the_folder_of_a_name():
     assert default_folder("files:../a b/*.txt").as_posix() == "data/files-..-a-b--.txt"
 
 
