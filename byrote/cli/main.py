@@ -39,7 +39,7 @@ class _Verbs(TyperGroup):
 def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error) or "out of memory"
+    return str(error) or ("out of memory" if isinstance(error, MemoryError) else repr(error))
 
 
 app = typer.Typer(
