@@ -40,6 +40,8 @@ def generate(
     from transformers import TextStreamer
 
     from byrote.cli.load import load
+    from byrote.data.tokenizer import encode_prompt
+    from byrote.models.configuration import MemoryConfig
     from byrote.models.engram import EngramForCausalLM
 
     model, tokenizer = load(folder, placement, cache)
@@ -49,7 +51,11 @@ def generate(
             f"--draft mtp: {folder} has no modules that predict further tokens; train a model with "
             "model.num_nextn_predict_layers=1, as recipes/tiny-mtp.toml does, or leave --draft out"
         )
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = encode_prompt(tokenizer, prompt, document=isinstance(model.config, MemoryConfig))
+    if not ids:
+        raise ValueError("the prompt has no tokens: give some text to continue")
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {} if greedy else {"temperature": temperature}
     shown = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
@@ -64,7 +70,7 @@ def generate(
     if not stream:
         typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
     if drafting:
-        counts, new = model.drafts, output.shape[1] - inputs["input_ids"].shape[1]
+        counts, new = model.drafts, output.shape[1] - len(ids)
         share = counts.accepted / max(1, counts.drafted)
         typer.echo(
             f"drafts: {counts.accepted} of {counts.drafted} accepted ({share:.0%}), "

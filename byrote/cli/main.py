@@ -1,5 +1,6 @@
 """`byrote VERB`. Each verb's file imports what is heavy inside its function, so that --help is quick."""
 
+import os
 from typing import Any
 
 import typer
@@ -20,15 +21,25 @@ from byrote.cli.train import train
 
 
 class _Verbs(TyperGroup):
-    """A ValueError is the user's: one message, exit status 2, no traceback. Anything else is a bug."""
+    """What the user gave, or the machine lacks, is one message and exit status 2, without a traceback. Anything else is
+    a bug and shows one. So a verb catches nothing: what it calls raises a ValueError or an OSError that names the file.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ValueError as error:
-            message = Text.assemble(("error: ", "bold red"), str(error))
+        except BrokenPipeError:  # as in `byrote data | head`: nobody reads on
+            raise
+        except (ValueError, OSError, MemoryError) as error:
+            message = Text.assemble(("error: ", "bold red"), _said(error))
             Console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(2) from None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or ("out of memory" if isinstance(error, MemoryError) else repr(error))
 
 
 app = typer.Typer(

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal
 
 
 def train(
@@ -28,7 +29,7 @@ def train(
 
     logging.disable_progress_bar()
     start_processes()
-    console = Console()
+    console = terminal()
     run = out or Path("runs") / recipe.stem
     try:
         _, result = train_recipe(Recipe.load(recipe, overrides or []), run, console, resume)

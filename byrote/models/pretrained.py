@@ -30,7 +30,7 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.router import Router
 from byrote.tables import Table
 from byrote.tables.files.checksums import write_sums
-from byrote.tables.files.headers import check_weights
+from byrote.tables.files.headers import check_weights, parse_object
 from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
 # What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
@@ -170,11 +170,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for word in kwargs:
             if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
                 raise ValueError(f"{word} is no field of the config: did you mean {near}?")
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
-            # transformers would go on with the default config.
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        if os.path.isdir(name):
-            check_weights(_resolve(name, "", kwargs))
+        _check_folder(name, kwargs)
         told = kwargs.pop("output_loading_info", False)
         model: Any
         info: Any
@@ -250,6 +246,18 @@ def _remove_weights(folder: Path, variant: str | None) -> None:
     for file in folder.iterdir():
         if ours.fullmatch(file.name):
             file.unlink()
+
+
+def _check_folder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """ValueError that names the file of a saved folder that is absent or damaged."""
+    if not os.path.isdir(name):
+        return
+    if "config" not in kwargs:
+        config = _resolve(name, "config.json", kwargs)
+        if not config.is_file():  # transformers would go on with the default config
+            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
+        parse_object(config.read_bytes(), str(config))
+    check_weights(_resolve(name, "", kwargs))
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from byrote.tables.log.disk import naming
 from byrote.tables.placements.open import POINTER
 from byrote.train import file_tables as filetables
 
@@ -63,13 +65,15 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     for left in target.parent.glob(_partial(target.with_name("step-*")).name):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state") and not _points(partial):
-        (partial / "row_state").mkdir()
-        model.save_row_state(partial / "row_state")
-    torch.save(training, partial / "training.pt")
+    with naming(target):
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if hasattr(model, "save_row_state") and not _points(partial):
+            (partial / "row_state").mkdir()
+            model.save_row_state(partial / "row_state")
+        with open(partial / "training.pt", "wb") as file:  # torch says of a full disk what nobody understands
+            torch.save(training, file)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     found = checkpoints(run)
@@ -105,7 +109,12 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
     if hasattr(model, "load_row_state") and not _points(checkpoint):
         model.load_row_state(checkpoint / "row_state")
-    return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    path = checkpoint / "training.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        what = str(error).partition("\n")[0] or "it is empty"
+        raise ValueError(f"{path} is damaged ({what}); resume from another checkpoint") from error
 
 
 def align(model: nn.Module) -> None:

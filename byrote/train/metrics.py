@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from byrote.tables.log.disk import naming
+
 
 class Metrics:
     def __init__(self, path: Path, step: int = 0):
@@ -24,7 +26,7 @@ class Metrics:
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, **record: Any) -> None:
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
@@ -41,6 +43,7 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for index, (name, records) in enumerate(runs.items()):
+        name = name.replace("$", r"\$")  # which would begin a formula
         color = f"C{index}"
         train = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
         partial = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is None]
@@ -60,12 +63,13 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.set_xlabel("training tokens (log)")
     axes.set_ylabel("loss, nats per token (log)")
-    axes.set_title(f"{title}\nthick: validation; thin: training, smoothed")
+    axes.set_title(f"{title}\nthick: validation; thin: training, smoothed", parse_math=False)
     axes.grid(True, which="both", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -12,6 +12,11 @@ class Shown:
     """What is seen of `bar` while the block runs."""
 
     bar: Progress
+    console: Console
+
+    def say(self, text: str) -> None:
+        """A line as it is: names of runs and corpora are the user's, and no markup."""
+        self.console.print(text, markup=False, emoji=False)
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -27,10 +32,10 @@ class Live(Shown):
     def __init__(self, console: Console, name: str, steps: int):
         self.console, self.name, self.steps = console, name, steps
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeRemainingColumn(compact=True),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -40,7 +45,7 @@ class Live(Shown):
         step = record["step"]
         if "val_loss" in record:
             bits = f", {record['bits_per_byte']:.4f} bits per byte" if record["bits_per_byte"] else ""
-            self.console.print(f"{self.name} step {step}: validation loss {record['val_loss']:.4f}{bits}")
+            self.say(f"{self.name} step {step}: validation loss {record['val_loss']:.4f}{bits}")
             return
         facts = f"loss {record['loss']:.3f} lr {record['lr']:.1e} {record['tokens_per_second']:,.0f} tok/s"
         if record.get("tokens_per_concept"):
@@ -50,7 +55,7 @@ class Live(Shown):
         self.bar.update(self.task, completed=step, facts=facts)
         if not self.console.is_terminal and (step == 1 or step % max(1, self.steps // LINES) == 0):
             left = record["seconds"] / step * (self.steps - step)
-            self.console.print(f"{self.name} {step}/{self.steps} {facts}, about {left:.0f} s left")
+            self.say(f"{self.name} {step}/{self.steps} {facts}, about {left:.0f} s left")
 
 
 class DataLive(Shown):
@@ -58,13 +63,16 @@ class DataLive(Shown):
 
     def __init__(self, console: Console, name: str):
         self.console, self.name = console, name
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12), MofNCompleteColumn())
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.tasks: dict[str, Any] = {}
 
     def report(self, what: str, done: int, total: int) -> None:
+        if not total:
+            self.say(f"{self.name}: {what}")
+            return
         if what not in self.tasks:
             self.tasks[what] = self.bar.add_task(f"{self.name}: {what}", total=total)
             if not self.console.is_terminal:
-                self.console.print(f"{self.name}: {what}")
+                self.say(f"{self.name}: {what}")
         self.bar.update(self.tasks[what], completed=done)

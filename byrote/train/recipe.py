@@ -22,6 +22,8 @@ from byrote.train.fields import check_names, check_value, parse
 
 RECIPES = Path(__file__).with_name("recipes")
 
+MOST_THREADS = 1024  # with tens of thousands torch ends in a segmentation fault
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -37,6 +39,7 @@ class DataRecipe:
     tokenizer: str = ""  # a tokenizer folder to use instead of training one
     validation: float = 0.09  # share of the documents
     text_field: str = "text"
+    clean: bool = True  # close up blanks and drop repeated lines of prose; byrote.data.documents says how
     length: int = 256  # tokens in a row
 
     def __post_init__(self) -> None:
@@ -48,7 +51,7 @@ class DataRecipe:
 
     @property
     def options(self) -> Options:
-        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
+        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field, self.clean)
 
 
 LARGEST = sys.float_info.max
@@ -229,10 +232,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = file.read_text("utf-8")
         content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a recipe: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a recipe: it holds no sections")
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"{file} is not a recipe: it has sections [model], [data] and [train], and nothing beside")
     return content
 
 

@@ -19,8 +19,9 @@ from byrote.address import compress
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
-from byrote.data.tokenizer import load_tokenizer
+from byrote.data.tokenizer import encode_prompt, load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
+from byrote.tables.log.disk import naming
 from byrote.tables.placements.device import accelerator
 from byrote.tables.placements.open import PLACEMENTS
 from byrote.tables.placements.pinned import check_gpu
@@ -100,6 +101,7 @@ def make_trainer(
     """The trainer of a new run in `run`, or of the one that stopped there."""
     settings = recipe.train
     _check_processes(recipe)
+    text, held_out = (Tokens.open(data, part) for part in ("train", "validation"))
     checkpoint = _resumed(recipe, run) if resume else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -121,9 +123,9 @@ def make_trainer(
     if getattr(model, "memory_stack", None) is not None:
         model.memory_stack.move(settings.placement, device)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
+    packer = Packer(text, settings.batch_size, recipe.data.length, settings.seed, rank(), world)
     validation = Validation(
-        Tokens.open(data, "validation"),
+        held_out,
         meta["validation"]["bytes"],
         settings.micro_batch_size or settings.batch_size,
         recipe.data.length,
@@ -151,10 +153,12 @@ def finish(recipe: Recipe, trainer: Trainer, result: Result, data: Path) -> None
         return
     name, records = trainer.run.name, read_metrics(trainer.run / "metrics.jsonl")
     plot_losses({name: records}, trainer.run / "loss.png", f"{name} on {recipe.data.corpus}")
-    (trainer.run / "sample.txt").write_text(text + "\n")
+    with naming(trainer.run):
+        (trainer.run / "sample.txt").write_text(text + "\n", "utf-8")
     content = {"val_loss": result.score.loss, "bits_per_byte": result.score.bits_per_byte}
     content |= {"tokens": result.tokens, "seconds": round(result.seconds, 2)}
-    (trainer.run / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+    with naming(trainer.run):
+        (trainer.run / "result.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -162,7 +166,7 @@ def sample(recipe: Recipe, trainer: Trainer, data: Path) -> str:
     """A continuation of the recipe's prompt, or of how the first validation document begins."""
     prompt, tokens = recipe.train.prompt, trainer.validation.data
     if prompt:
-        ids = trainer.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.tensor([encode_prompt(trainer.tokenizer, prompt)])
     else:
         ids = torch.from_numpy(tokens.tokens[: min(12, int(tokens.offsets[1]) - 1)].astype("int64"))[None]
     trainer.model.eval()
@@ -193,7 +197,18 @@ def _device(name: str) -> torch.device:
     """`auto`: the GPU of this process, if there is one."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'train.device is {name!r}; give "auto", "cpu", "cuda" or "cuda:1"') from None
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (here is None or device.type != here.type):
+        raise ValueError(
+            f'train.device is {name!r}, and there is {here or "no accelerator"} here: give "auto" or "cpu"'
+        )
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"train.device is {name!r}, and there are {torch.accelerator.device_count()} devices here")
+    return device
 
 
 def _wait() -> None:
@@ -207,6 +222,7 @@ def _check_processes(recipe: Recipe) -> None:
             'train.placement is "sharded", which needs processes to share the rows: start with '
             'torchrun --nproc-per-node=2 -m byrote train RECIPE, or use "host"'
         )
+    _device(recipe.train.device)
     if recipe.train.placement == "device" and recipe.train.device == "auto":
         accelerator()  # with train.device = "cpu" the tables are in RAM, as the model is
     if recipe.train.placement == "pinned":

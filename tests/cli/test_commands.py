@@ -5,6 +5,7 @@ line.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,19 @@ def test_demo_writes_what_it_says(place, tmp_path, monkeypatch):
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0, name
     assert "bits per byte" in output and "most open" in output
+
+    # What is there is not deleted: what is done is not run again, what is another's is left.
+    said = (tmp_path / "out/moe/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "out/engram")
+    run("demo", *settings(place), "--out", tmp_path / "out")
+    assert (tmp_path / "out/moe/metrics.jsonl").read_bytes() == said
+    assert json.loads((tmp_path / "out/report.json").read_text())["moe"] == report["moe"]
+    refused = run("demo", *settings(place, warmup=3), "--out", tmp_path / "out", code=2)
+    assert "train.warmup was 2 and is 3: choose another --out" in refused.replace("\n", " ")
+    (tmp_path / "mine/moe").mkdir(parents=True)
+    (tmp_path / "mine/moe/thesis.tex").write_text("years of work")
+    assert "is no run of this demo" in run("demo", *settings(place), "--out", tmp_path / "mine", code=2)
+    assert (tmp_path / "mine/moe/thesis.tex").exists()
     monkeypatch.setattr(demo, "TOTAL", 1e-9)
     assert "total parameters differ by" in run("demo", *settings(place), "--out", tmp_path / "out", code=2)
 

@@ -5,6 +5,9 @@ active ones and FLOPs within 2 %), and that is printed and asserted before anyth
 a run folder for each, and
 
     report.json  loss.png  sample.txt  gates.html  gates.json
+
+The same command goes on: a run that is done is not run again, one that stopped goes on from its checkpoint. A folder
+that holds anything else is left as it is, with an error.
 """
 
 import json
@@ -13,16 +16,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
+from byrote.data.packing import Tokens
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.inspect.gates import record, to_html, to_terminal
+from byrote.lab.studies.plan import differences
 from byrote.models.counts import Counts, count
+from byrote.tables.files.headers import parse_object
+from byrote.train.checkpoint import checkpoints, latest
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.recipe import RECIPES, Recipe
-from byrote.train.run import config_of, prepare_data, train
+from byrote.train.run import FREE, config_of, data_folder, prepare_data, train
 
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
@@ -36,34 +45,64 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
     counts = compare_counts(recipes, console)
     report: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        trainer, result = train(recipe, out / name, console)
+        result = _trained(recipe, out / name, console)
         report[name] = {
-            "val_loss": result.score.loss,
-            "bits_per_byte": result.score.bits_per_byte,
+            "val_loss": result["val_loss"],
+            "bits_per_byte": result["bits_per_byte"],
             "params_total": counts[name].total,
             "params_active": counts[name].active,
             "params_table": counts[name].table,
             "flops_per_token": counts[name].flops_per_token,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 2),
-            "tokens_per_second": round(result.tokens / result.seconds, 1),
+            "tokens": result["tokens"],
+            "seconds": result["seconds"],
+            "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
         }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     curves = {name: read_metrics(out / name / "metrics.jsonl") for name in recipes}
     plot_losses(curves, out / "loss.png", f"The same {report['moe']['tokens']:,} tokens of {recipe.data.corpus}")
     shutil.copy(out / "engram/sample.txt", out / "sample.txt")
     text = (out / "sample.txt").read_text().strip()
-    trace = record(trainer.model, trainer.tokenizer, text)
+    checkpoint = latest(out / "engram")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    trace = record(model, load_tokenizer(checkpoint), text)
     trace.save(out / "gates.json")
     (out / "gates.html").write_text(to_html(trace, "A sample of the demo's model"), encoding="utf-8")
     console.print(table(report))
-    console.print("\n[bold]a sample of engram[/]")
-    console.print(text, markup=False, highlight=False)
-    console.print("\n[bold]how far its memories' gates open[/]")
+    console.print("\na sample of engram", style="bold")
+    console.print(text)
+    console.print("\nhow far its memories' gates open", style="bold")
     console.print(to_terminal(trace))
     console.print(f"\n{out}: report.json, loss.png, sample.txt, gates.html, and a run folder for each")
     return report
+
+
+def _trained(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+    """result.json of the run, which is begun, or goes on, unless it is done."""
+    if not (run / "recipe.json").exists():
+        if run.exists() and any(run.iterdir()):
+            raise ValueError(f"{run} is there already and is no run of this demo: choose another --out, or remove it")
+        train(recipe, run, console)
+    elif not checkpoints(run):
+        (run / "recipe.json").unlink()  # of a run that ended before its first checkpoint
+        train(recipe, run, console)
+    else:
+        _check_same(recipe, run)
+        if not (run / "result.json").exists():
+            train(recipe, run, console, resume=True)
+    path = run / "result.json"
+    return parse_object(path.read_bytes(), str(path))
+
+
+def _check_same(recipe: Recipe, run: Path) -> None:
+    """Refuse to compare with a run of another recipe, or of another text."""
+    changed = differences(Recipe.load(run / "recipe.json").to_dict(), recipe.to_dict())
+    for key, old, new in changed:
+        if key.removeprefix("train.") not in FREE:
+            raise ValueError(f"{run}: {key} was {old!r} and is {new!r}: choose another --out, or remove that folder")
+    path = latest(run) / "training.pt"
+    before = torch.load(path, map_location="cpu", weights_only=True)["loader"].get("corpus")
+    if before != Tokens.open(data_folder(recipe), "train").fingerprint:
+        raise ValueError(f"{run} was trained on another text than there is now: choose another --out, or remove it")
 
 
 def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Counts]:
@@ -78,7 +117,7 @@ def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Co
     check_sizes(counts)
     for name, c in counts.items():
         sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active"
-        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token", highlight=False)
+        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token")
     return counts
 
 
