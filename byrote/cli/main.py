@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from byrote.cli.conformance import conformance
 from byrote.cli.data import data
 from byrote.cli.demo import demo
+from byrote.cli.evaluate import evaluate
 from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
@@ -45,7 +46,7 @@ def byrote() -> None:
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, generate, gates, segments, info, conformance):
-    app.command()(_verb)
+for _verb in (demo, data, train, evaluate, generate, gates, segments, info, conformance):
+    app.command("eval" if _verb is evaluate else None)(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

@@ -20,6 +20,7 @@ from typing import Any
 
 from byrote.data.prepare import Options
 from byrote.train.fields import check_names, check_value, parse
+from byrote.train.files import replace_text
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -178,7 +179,7 @@ class Recipe:
         return {"model": {"preset": self.model.preset, **self.model.overrides}, **content}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        replace_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 _SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}

@@ -41,6 +41,16 @@ def mtp_weight(step: int, recipe: TrainRecipe) -> float:
     return recipe.mtp_weights[_passed(recipe.mtp_weight_at, step, recipe.steps)]
 
 
+def same_until(step: int, one: TrainRecipe, other: TrainRecipe, predicts: bool) -> bool:
+    """Whether both give the first `step` steps, and the one behind them, whose rate a checkpoint holds, the same rates
+    and, if the model predicts further tokens, weights.
+    """
+    return all(
+        share(s, one) == share(s, other) and (not predicts or mtp_weight(s, one) == mtp_weight(s, other))
+        for s in range(step + 1)
+    )
+
+
 def _passed(places: tuple[float, ...], step: int, steps: int) -> int:
     """How many of the places, shares of all steps, lie behind."""
     return bisect.bisect_right([round(at * steps) for at in places], step)
