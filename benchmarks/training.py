@@ -1,6 +1,6 @@
 """Training: tokens a second of one optimizer step, everything on a batch of the same tokens.
 
-    python benchmarks/training.py [--dtype bfloat16] [--compile] [--shape tiny|wide]
+    python benchmarks/training.py [--dtype bfloat16] [--compile] [--shape small|tiny|wide]
 
 byrote's MoE against transformers' DeepseekV3, in each of its implementations of the experts, with the same weights and
 the same AdamW; the Engram model against the MoE model of equal parameters; four residual streams against one. The step
@@ -138,7 +138,7 @@ def cost(name: str, than: str, times: Any, speeds: dict[str, str], target: float
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--compile", action="store_true", help="torch.compile every model")
-    made.add_argument("--shape", choices=("tiny", "wide"), default="tiny", help="hidden size 128, or 512")
+    made.add_argument("--shape", choices=("small", "tiny", "wide"), default="small", help="hidden size 768, 128 or 512")
     made.add_argument("--batch", type=int, default=6, help="rows of 256 tokens")
     made.add_argument("--only", choices=("transformers", "backbone"), help="one half of the comparisons")
     options = made.parse_args()

@@ -25,5 +25,5 @@ def demo(
     try:
         run_demo(out, overrides or [], console)
     except Interrupted as stop:
-        console.print(f"{stop.reason}: the demo stopped; `byrote demo` starts it anew")
+        console.print(f"{stop.reason}: the demo stopped; the same command goes on")
         raise typer.Exit(130) from None

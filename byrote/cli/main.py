@@ -1,6 +1,6 @@
 """`byrote VERB`. Each verb's file imports what is heavy inside its function, so that --help is quick."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
+from byrote.cli.plot import plot
 from byrote.cli.segments import segments
 from byrote.cli.table import table
 from byrote.cli.train import train
@@ -41,12 +42,22 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from byrote import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def byrote() -> None:
+def byrote(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, evaluate, generate, gates, segments, info, conformance):
+for _verb in (demo, data, train, evaluate, plot, generate, gates, segments, info, conformance):
     app.command("eval" if _verb is evaluate else None)(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

@@ -78,7 +78,7 @@ def check_resumable(recipe: Recipe, run: Path, name: str = "") -> Path | None:
     _check_begun(run)
     checkpoint = checkpoint_of(run, name) if name or checkpoints(run) else None
     step = None if checkpoint is None else step_of(checkpoint)
-    _check_same(Recipe.load(run / "recipe.json"), recipe, step)
+    check_same(recipe, run, 0 if step is None else step + 1)
     if step is None:
         return None
     if step > recipe.train.steps:
@@ -104,22 +104,26 @@ def _check_begun(run: Path) -> None:
         raise ValueError(f"{run} holds no run to resume; start one without --resume")
 
 
-def _check_same(before: Recipe, after: Recipe, step: int | None) -> None:
-    """ValueError where `after` is not the recipe that made the first `step` steps."""
+def check_same(after: Recipe, run: Path, rates: int | None = None) -> None:
+    """ValueError where `after` is not the run's recipe. Given the first `rates` rates, which are settled, the number of
+    steps may be another if it leaves them as they are.
+    """
+    before = Recipe.load(run / "recipe.json")
     old, new = before.to_dict(), after.to_dict()
     for section in old:
         for key in old[section].keys() | new[section].keys():
             was, now = old[section].get(key), new[section].get(key)
             if was == now or (section == "train" and key in FREE):
                 continue
-            if (section, key) == ("train", "steps"):
+            if (section, key) == ("train", "steps") and rates is not None:
                 shape = PRESETS[after.model.preset] | after.model.overrides
                 predicts = bool(shape.get("num_nextn_predict_layers"))
-                if step is None or same_until(step, before.train, after.train, predicts):
+                if same_until(rates, before.train, after.train, predicts):
                     continue
                 raise ValueError(
-                    f"train.steps was {was!r} and is {now!r}: by its schedule the rates of the {step} steps that are "
-                    "done would have been others. A constant schedule can go on, or wsd from a checkpoint before its "
-                    "decay (--checkpoint); or begin another run"
+                    f"train.steps was {was!r} and is {now!r}: by its schedule the rates of the {rates - 1} steps that "
+                    "are done would have been others. A constant schedule can go on, or wsd from a checkpoint before "
+                    "its decay (--checkpoint); or begin another run"
                 )
-            raise ValueError(f"{section}.{key} was {was!r} when the run began and is {now!r}; resume with the same")
+            began = f"{section}.{key} was {was!r} when the run began and is {now!r}"
+            raise ValueError(f"{began}; resume with the same, or choose another --out")

@@ -67,12 +67,15 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for index, (name, records) in enumerate(runs.items()):
-        color = f"C{index}"
+        color, name = f"C{index}", name.replace("$", r"\$")  # which would begin a formula
         train = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
         partial = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is None]
         whole = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is not None]
         if train:
-            axes.plot([t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6)
+            label = None if partial or whole else f"{name}, training"
+            axes.plot(
+                [t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6, label=label
+            )
         if partial:  # of other documents than the whole: no line between the two
             axes.plot(*zip(*partial, strict=True), color=color, marker="o", ms=3, lw=1.6, label=f"{name}, a part")
         if whole:
