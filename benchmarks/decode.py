@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, contexts: tuple[int, int], tokens: int)
     dtype = getattr(torch, options.dtype)
     models = {"byrote": ours, "transformers": theirs}
     memory = EngramConfig.from_preset("small", num_streams=1) if options.shape == "small" else None
-    models["byrote Engram"] = EngramForCausalLM(memory or config("tiny-engram", options.shape))
+    models["byrote Engram"] = EngramForCausalLM(memory or config("engram", options.shape))
     models = {name: model.to(options.device, dtype).eval() for name, model in models.items()}
     cases = {
         f"{name} {context}": Decode(model, context, tokens, options.device)
