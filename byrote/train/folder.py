@@ -54,10 +54,13 @@ def locked(run: Path, begins: bool) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def begin(recipe: Recipe, run: Path, tokenizer: Any, anew: bool = False) -> None:
-    """Begin a run. `anew`: where one lies that has no checkpoint, and with it nothing that could be gone on with."""
-    if (run / "recipe.json").exists() and not anew:
+def check_new(run: Path) -> None:
+    if (run / "recipe.json").exists():
         raise ValueError(f"{run} holds a run already; go on with --resume, or choose another --out")
+
+
+def begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:
+    """Begin a run; if one lies there, it has no checkpoint, and with it nothing that could be gone on with."""
     shutil.rmtree(run / "tables", ignore_errors=True)
     tokenizer.save_pretrained(run / "tokenizer")
     recipe.save(run / "recipe.json")

@@ -83,8 +83,10 @@ def train(
     keep_freed_memory()
     console = console if rank() == 0 else Console(quiet=True)
     _check_machine(recipe)
-    if resume:
-        folder.check_resumable(recipe, run, checkpoint)  # or an error, before the data is prepared
+    if resume:  # or an error, before the data is prepared
+        folder.check_resumable(recipe, run, checkpoint)
+    else:
+        folder.check_new(run)
     with DataLive(console, recipe.data.corpus) as live:
         data, meta = prepare_data(recipe, live.report)
     with Live(console, run.name, recipe.train.steps) as shown:
@@ -112,6 +114,8 @@ def make_trainer(
     with contextlib.ExitStack() as held:
         if rank() == 0:
             held.enter_context(folder.locked(run, begins=not resume))
+            if not resume:
+                folder.check_new(run)
         found = folder.check_resumable(recipe, run, checkpoint) if resume else None
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -121,7 +125,7 @@ def make_trainer(
         else:
             model = _draw(recipe, tokenizer)
             if rank() == 0:
-                folder.begin(recipe, run, tokenizer, anew=resume)
+                folder.begin(recipe, run, tokenizer)
             _wait()
             if settings.placement == "sharded" and model.memory_stack is not None:
                 model.memory_stack.shard()

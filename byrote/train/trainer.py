@@ -86,6 +86,7 @@ class Trainer:
         self.pools = getattr(config, "num_concept_layers", 0) > 0
         self.schedule = schedule(optimizer, recipe)
         self.step, self.seconds, self.saved = 0, 0.0, checkpoint
+        self.evaluated = 0  # the step of the last evaluation on the way
         self.signals = Signals()
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -102,13 +103,13 @@ class Trainer:
         """
         self.model.train()
         with self.held, self.signals, filetables.released(self.model):
+            self._evaluate_on_the_way()  # where a signal came between a step and its evaluation
             while self.step < self.recipe.steps:
                 reason = self._train_step()
                 last = self.step == self.recipe.steps
                 if reason and not (last and reason == BUDGET):
                     raise Interrupted(reason, self.step, self.save())
-                if _due(self.step, self.recipe.eval_every) and not last:
-                    self._evaluate(self.recipe.eval_batches, self.evaluating)
+                self._evaluate_on_the_way()
                 if last or _due(self.step, self.recipe.checkpoint_every):
                     self.saved = self.save()
             assert self.saved is not None
@@ -132,6 +133,7 @@ class Trainer:
         training = {
             "step": self.step,
             "seconds": self.seconds,
+            "evaluated": self.evaluated,
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -151,6 +153,7 @@ class Trainer:
         if before != self.world and not sharded(self.model):
             raise ValueError(f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many")
         self.step, self.seconds = training["step"], training["seconds"]
+        self.evaluated = training.get("evaluated", self.step)
         self.loader.load_state_dict(training["loader"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
@@ -256,6 +259,11 @@ class Trainer:
         if self.metrics and (_due(self.step, self.recipe.log_every) or self.step == 1):
             self.metrics.write(**record)
         self.report(record)
+
+    def _evaluate_on_the_way(self) -> None:
+        if _due(self.step, self.recipe.eval_every) and self.evaluated < self.step < self.recipe.steps:
+            self.evaluated = self.step
+            self._evaluate(self.recipe.eval_batches, self.evaluating)
 
     def _last_evaluation(self, done: int, total: int) -> None:
         self.evaluating(done, total)

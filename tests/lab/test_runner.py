@@ -112,7 +112,9 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(settings, tmp_path):
 
 def test_a_loss_of_a_part_of_the_text_is_no_result(settings, tmp_path):
     """A run is killed before its last evaluation; an older version took the last loss that it saw."""
-    variants = plan([str(NANO)], [*settings, "train.eval_every=2", "train.eval_batches=1", "train.checkpoint_every=3"])
+    parts = [setting for setting in settings if not setting.startswith("train.eval_every")]
+    parts += ["train.eval_every=2", "train.eval_batches=1", "train.checkpoint_every=3"]
+    variants = plan([str(NANO)], parts)
     [cell] = cells(variants, 1, tmp_path)
     whole, _ = run_lab(variants, 1, tmp_path, keep=True)
     log = cell.folder / "metrics.jsonl"

@@ -128,6 +128,16 @@ def test_a_signal_stops_the_last_evaluation(begin, train, tmp_path):
     assert result(tmp_path / "run")["bits_per_byte"] > 0
 
 
+def test_a_stop_between_a_step_and_its_evaluation(begin, train, tmp_path):
+    train("straight", eval_every=2)
+    _, trainer = begin("run", eval_every=2, max_seconds=1e-9)
+    with pytest.raises(Interrupted, match="after step 2"):
+        trainer.train()
+    assert [step for step, _, val in losses(tmp_path / "run") if val] == []
+    train("run", resume=True, eval_every=2)
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight")
+
+
 def test_the_time_budget_is_of_one_call(begin, train, tmp_path):
     for resume, step in ((False, 2), (True, 4)):
         _, trainer = begin("run", resume=resume, max_seconds=1e-9)
