@@ -61,7 +61,8 @@ def check_new(run: Path) -> None:
 
 def begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:
     """Begin a run; if one lies there, it has no checkpoint, and with it nothing that could be gone on with."""
-    shutil.rmtree(run / "tables", ignore_errors=True)
+    if (run / "recipe.json").exists():  # or they are not ours
+        shutil.rmtree(run / "tables", ignore_errors=True)
     tokenizer.save_pretrained(run / "tokenizer")
     recipe.save(run / "recipe.json")
 
