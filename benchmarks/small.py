@@ -13,10 +13,10 @@ import json
 import sysconfig
 from pathlib import Path
 
-from byrote.lab.plan import plan
-from byrote.lab.runner import run_lab
-from byrote.lab.table import markdown, rows
-from byrote.train.config import RECIPES
+from byrote.lab.studies.plan import plan
+from byrote.lab.studies.report import markdown, rows
+from byrote.lab.studies.runner import run_lab
+from byrote.train.recipe import RECIPES
 
 QUICK = {"model.preset": '"nano"', "data.length": "64", "data.vocab_size": "1024", "train.steps": "3"}
 QUICK |= {

@@ -24,9 +24,9 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.interop.deepseek_v3 import to_deepseek_v3
 from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.config import RECIPES, Recipe
 from byrote.train.evaluate import loss_options
 from byrote.train.optimizer import Optimizer
+from byrote.train.recipe import RECIPES, Recipe
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of the experts, in transformers
 SMALL = ("eager", "grouped_mm")  # batched_mm copies an expert's weights for every token

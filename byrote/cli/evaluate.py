@@ -18,10 +18,10 @@ def evaluate(
     """Validation loss and bits per byte of a run's checkpoint, on all of the run's validation text."""
     from transformers.utils import logging
 
-    from byrote.lab.controls import CONTROLS
+    from byrote.lab.studies.controls import CONTROLS
     from byrote.train.checkpoint import step_of
-    from byrote.train.config import Recipe
     from byrote.train.folder import checkpoint_of
+    from byrote.train.recipe import Recipe
     from byrote.train.run import evaluate_checkpoint
 
     logging.disable_progress_bar()

@@ -48,7 +48,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from byrote.cli.models import load
+    from byrote.cli.load import load
     from byrote.models.engram import EngramForCausalLM
     from byrote.train.run import open_device
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from byrote.cli.concepts import concepts
 from byrote.cli.conformance import conformance
 from byrote.cli.data import data
 from byrote.cli.demo import demo
@@ -16,7 +17,6 @@ from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
 from byrote.cli.plot import plot
-from byrote.cli.segments import segments
 from byrote.cli.table import table
 from byrote.cli.train import train
 
@@ -57,7 +57,7 @@ def byrote(
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, evaluate, plot, generate, gates, segments, info, conformance):
+for _verb in (demo, data, train, evaluate, plot, generate, gates, concepts, info, conformance):
     app.command("eval" if _verb is evaluate else None)(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

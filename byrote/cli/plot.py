@@ -17,8 +17,8 @@ def plot(
     """
     from dataclasses import replace
 
-    from byrote.train.config import Recipe
     from byrote.train.metrics import plot_losses, read_metrics
+    from byrote.train.recipe import Recipe
 
     names = [run.resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]

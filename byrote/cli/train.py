@@ -25,7 +25,7 @@ def train(
     """
     from transformers.utils import logging
 
-    from byrote.train.config import Recipe
+    from byrote.train.recipe import Recipe
     from byrote.train.run import rank, start_processes
     from byrote.train.run import train as train_recipe
     from byrote.train.trainer import BUDGET, Interrupted

@@ -3,7 +3,7 @@
     gather_gate(records [R, W], ids [N, C], streams [N, n, d], key [n d, C W], gain [n, d])
         -> embeddings [N, C W] and gates [N, n], both float32
 
-Of each token the C rows are read once, straight from pinned host memory (`byrote.tables.triton_gather`), written to
+Of each token the C rows are read once, straight from pinned host memory (`byrote.tables.loops.triton`), written to
 the device for the value projection, and, while they are still on the chip, projected to the keys, whose products with
 the streams become the gates of `byrote.nn.engram`:
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from byrote.nn.engram import ZeroGateRule
-from byrote.tables.triton_gather import check_records
+from byrote.tables.loops.triton import check_records
 
 TOKENS, COLUMNS = 16, 16  # of a program, and of the keys at a time: the least that a product takes
 WIDEST = 1024  # values of a token's memory; compiled for an H100, a program then takes 128 KB of shared memory

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from byrote.train import filetables
+from byrote.tables.placements.open import POINTER
+from byrote.train import file_tables as filetables
 
 FOLDERS = "checkpoints/*"  # also while one is written
 
@@ -65,7 +66,7 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state") and not filetables.logged_tables(model):
+    if hasattr(model, "save_row_state") and not _points(partial):
         (partial / "row_state").mkdir()
         model.save_row_state(partial / "row_state")
     torch.save(training, partial / "training.pt")
@@ -76,6 +77,11 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
         remove_checkpoint(old)
     filetables.collect(model, run, FOLDERS)
     return target
+
+
+def _points(checkpoint: Path) -> bool:
+    """Whether its tables are pointers into logs, which hold the row state too."""
+    return any(checkpoint.glob(f"table-*{POINTER}"))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -97,7 +103,7 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     """Give the model, which was loaded from this checkpoint, its row state; return the rest."""
     if not (checkpoint / "training.pt").exists():
         raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
-    if hasattr(model, "load_row_state") and not filetables.logged_tables(model):
+    if hasattr(model, "load_row_state") and not _points(checkpoint):
         model.load_row_state(checkpoint / "row_state")
     return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from byrote.models.families import PRESETS
 from byrote.train.checkpoint import checkpoints, latest, remove_checkpoint, step_of
-from byrote.train.config import Recipe
+from byrote.train.recipe import Recipe
 from byrote.train.schedule import same_until
 
 # What may differ between a run and its resumption: nothing that the weights depend on. `steps` may where the steps

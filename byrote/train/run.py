@@ -22,19 +22,20 @@ from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
-from byrote.tables.device import accelerator
-from byrote.tables.pinned import check_gpu
-from byrote.train import filetables, folder
+from byrote.tables.placements.device import accelerator
+from byrote.tables.placements.open import PLACEMENTS
+from byrote.tables.placements.pinned import check_gpu
+from byrote.train import file_tables as filetables
+from byrote.train import folder
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, sharded
-from byrote.train.config import Recipe
 from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.files import replace_text
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
-from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
+from byrote.train.recipe import Recipe
 from byrote.train.trainer import Result, Trainer
 
 
@@ -57,10 +58,8 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
         row_rule=settings.row_rule,
-        router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
-        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 
@@ -127,15 +126,13 @@ def make_trainer(
             if rank() == 0:
                 folder.begin(recipe, run, tokenizer)
             _wait()
-            if settings.placement == "sharded" and model.memory_stack is not None:
-                model.memory_stack.shard()
         _place(model, recipe)
         optimizer = build_optimizer(recipe, model)
         if settings.placement == "file":
             if found:
                 filetables.resume(model, run, FOLDERS)
             else:
-                filetables.begin(model, run, optimizer.rule, FOLDERS)
+                filetables.begin(model, run, optimizer, FOLDERS)
         loader, validation = _loader(recipe, data, model), _validation(recipe, data, meta)
         trainer = Trainer(settings, model, optimizer, loader, validation, run, tokenizer, found, report, evaluating)
         if found and rank() == 0:
@@ -152,7 +149,7 @@ def evaluate_checkpoint(
     change: Callable[[Any], None] = lambda model: None,
 ) -> Score:
     """The score of a run's checkpoint on all of the run's validation text; `change` is done to the model first."""
-    placement = "file" if recipe.train.placement == "file" else "host"
+    placement = "file" if PLACEMENTS[recipe.train.placement].in_file else "host"
     recipe = replace(recipe, train=replace(recipe.train, placement=placement, device=device))
     _check_machine(recipe)
     with DataLive(console, recipe.data.corpus) as live:
@@ -180,8 +177,7 @@ def _draw(recipe: Recipe, tokenizer: Any) -> Any:
 
 def _open(recipe: Recipe, checkpoint: Path, tokenizer: Any) -> Any:
     """The model of a checkpoint, its tables where they are read before they are moved."""
-    placement = recipe.train.placement
-    opened = "host" if placement in ("device", "pinned") else placement
+    opened = "file" if PLACEMENTS[recipe.train.placement].in_file else "host"
     model = model_class(config_of(recipe, tokenizer)).from_pretrained(checkpoint, placement=opened)
     align(model)
     return model
@@ -191,10 +187,8 @@ def _place(model: Any, recipe: Recipe) -> None:
     """Move the model, and its tables, to where the recipe wants them."""
     stack, device = getattr(model, "memory_stack", None), open_device(recipe.train.device, "train.device")
     model.to(device)
-    if stack is not None and recipe.train.placement == "device":
-        stack.to_device(device)
-    if stack is not None and recipe.train.placement == "pinned":
-        stack.pin()
+    if stack is not None:
+        stack.move(recipe.train.placement, device)
 
 
 def _loader(recipe: Recipe, data: Path, model: Any) -> Loader:

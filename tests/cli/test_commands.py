@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import byrote
 from byrote.cli.main import app
-from byrote.lab import demo
-from byrote.models.engram.counts import Counts
+from byrote.lab.studies import demo
+from byrote.models.counts import Counts
 
 VERBS = ["demo", "data", "train", "eval", "plot", "generate", "gates", "info", "conformance", "lab", "table"]
 SECOND = [

@@ -1,0 +1,43 @@
+"""Find and put the numbers of row ids, in an open-addressed map (`byrote.tables.row_map`). They leave the GIL."""
+
+# No `from __future__ import annotations` here: numba reads the signatures.
+import numpy as np
+from numba import njit
+
+
+@njit("int64(int64, int64[::1], int32[::1])", cache=True, nogil=True)
+def find(key, known, slots):
+    """The slot of `key`, or the free one where it belongs."""
+    mask = np.uint64(len(slots) - 1)
+    bits = np.uint64(0)
+    while (np.uint64(1) << bits) <= mask:
+        bits += np.uint64(1)
+    slot = (np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> (np.uint64(64) - bits)
+    while slots[slot] >= 0 and known[slots[slot]] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return np.int64(slot)
+
+
+@njit("void(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1])", cache=True, nogil=True)
+def get(keys, values, known, stored, slots):
+    for i in range(len(keys)):
+        entry = slots[find(keys[i], known, slots)]
+        values[i] = stored[entry] if entry >= 0 else -1
+
+
+@njit("int64(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1], int64)", cache=True, nogil=True)
+def put(keys, values, known, stored, slots, count):
+    for i in range(len(keys)):
+        slot = find(keys[i], known, slots)
+        if slots[slot] < 0:
+            slots[slot] = count
+            known[count] = keys[i]
+            count += 1
+        stored[slots[slot]] = values[i]
+    return count
+
+
+@njit("void(int64[::1], int32[::1])", cache=True, nogil=True)
+def place(known, slots):
+    for entry in range(len(known)):
+        slots[find(known[entry], known, slots)] = entry
