@@ -78,7 +78,10 @@ def check_folder(recipe: Recipe, run: Path) -> None:
     """ValueError unless `run` is empty, or a run of this recipe that is done or can go on."""
     if (run / "recipe.json").exists():
         check_same(recipe, run)
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and {path.name for path in run.iterdir()} - {
+        "lock",
+        "tokenizer",
+    }:  # of a run that was killed early
         raise ValueError(f"{run} is not empty, and no run: choose another --out")
 
 
