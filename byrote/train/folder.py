@@ -24,6 +24,13 @@ from byrote.train.schedule import same_until
 FREE = {"checkpoint_every", "keep", "log_every", "max_seconds", "read_ahead", "prompt", "sample_tokens"}
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Written beside the file and renamed: whoever reads it, or kills this, meets the old text or the new one."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)
+
+
 @contextlib.contextmanager
 def locked(run: Path, begins: bool) -> Iterator[None]:
     """Be the one that writes to the run; ValueError where another process does, or another trainer of this one."""
@@ -64,7 +71,7 @@ def begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:
     if (run / "recipe.json").exists():  # or they are not ours
         shutil.rmtree(run / "tables", ignore_errors=True)
     tokenizer.save_pretrained(run / "tokenizer")
-    recipe.save(run / "recipe.json")
+    replace_text(run / "recipe.json", recipe.to_json())
 
 
 def checkpoint_of(run: Path, name: str = "") -> Path:
@@ -100,7 +107,7 @@ def go_on(recipe: Recipe, run: Path, checkpoint: Path) -> None:
     for later in found[found.index(checkpoint) + 1 :]:
         remove_checkpoint(later)
     (run / "result.json").unlink(missing_ok=True)
-    recipe.save(run / "recipe.json")
+    replace_text(run / "recipe.json", recipe.to_json())
 
 
 def _check_begun(run: Path) -> None:

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from byrote.train.files import replace_text
+from byrote.train.folder import replace_text
 
 
 class Metrics:

@@ -30,7 +30,6 @@ from byrote.train import folder
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, sharded
 from byrote.train.evaluate import Score, Validation, evaluate
-from byrote.train.files import replace_text
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
@@ -224,7 +223,7 @@ def finish(recipe: Recipe, trainer: Trainer, result: Result, data: Path) -> None
     (trainer.run / "sample.txt").write_text(text + "\n")
     content = {"val_loss": result.score.loss, "bits_per_byte": result.score.bits_per_byte}
     content |= {"tokens": result.tokens, "seconds": round(result.seconds, 2)}
-    replace_text(trainer.run / "result.json", json.dumps(content, indent=2) + "\n")
+    folder.replace_text(trainer.run / "result.json", json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -34,8 +34,7 @@ from byrote.lab.studies.controls import CONTROLS
 from byrote.lab.studies.plan import Cell, Variant, cells, differences
 from byrote.lab.studies.report import Results, markdown, rows
 from byrote.models.counts import count
-from byrote.train.files import replace_text
-from byrote.train.folder import FREE
+from byrote.train.folder import FREE, replace_text
 from byrote.train.recipe import Recipe
 from byrote.train.run import config_of, make_trainer, prepare_data
 from byrote.train.signals import Signals
