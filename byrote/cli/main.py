@@ -1,7 +1,7 @@
 """`byrote VERB`. Each verb's file imports what is heavy inside its function, so that --help is quick."""
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +12,12 @@ from byrote.cli.concepts import concepts
 from byrote.cli.conformance import conformance
 from byrote.cli.data import data
 from byrote.cli.demo import demo
+from byrote.cli.evaluate import evaluate
 from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
+from byrote.cli.plot import plot
 from byrote.cli.table import table
 from byrote.cli.train import train
 
@@ -51,12 +53,22 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from byrote import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def byrote() -> None:
+def byrote(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, generate, gates, concepts, info, conformance):
-    app.command()(_verb)
+for _verb in (demo, data, train, evaluate, plot, generate, gates, concepts, info, conformance):
+    app.command("eval" if _verb is evaluate else None)(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

@@ -6,8 +6,7 @@ a run folder for each, and
 
     report.json  loss.png  sample.txt  gates.html  gates.json
 
-The same command goes on: a run that is done is not run again, one that stopped goes on from its checkpoint. A folder
-that holds anything else is left as it is, with an error.
+Run again, it goes on: what is trained is not trained again, and nothing that lies there is removed.
 """
 
 import json
@@ -16,22 +15,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from byrote.data.packing import Tokens
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.inspect.gates import record, to_html, to_terminal
-from byrote.lab.studies.plan import differences
 from byrote.models.counts import Counts, count
-from byrote.tables.files.headers import parse_object
-from byrote.train.checkpoint import checkpoints, latest
+from byrote.train.checkpoint import latest
+from byrote.train.folder import check_same
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.recipe import RECIPES, Recipe
-from byrote.train.run import FREE, config_of, data_folder, prepare_data, train
+from byrote.train.run import config_of, prepare_data, train
 
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
@@ -42,10 +38,12 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
     """Train both, write everything to `out`, and return what report.json holds."""
     overrides = list(overrides)
     recipes = {name: Recipe.load(RECIPES / file, overrides) for name, file in PAIR.items()}
+    for name, recipe in recipes.items():
+        check_folder(recipe, out / name)
     counts = compare_counts(recipes, console)
     report: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
-        result = _trained(recipe, out / name, console)
+        result = trained(recipe, out / name, console)
         report[name] = {
             "val_loss": result["val_loss"],
             "bits_per_byte": result["bits_per_byte"],
@@ -55,7 +53,7 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
             "flops_per_token": counts[name].flops_per_token,
             "tokens": result["tokens"],
             "seconds": result["seconds"],
-            "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
+            "tokens_per_second": round(result["tokens"] / max(result["seconds"], 0.01), 1),
         }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     curves = {name: read_metrics(out / name / "metrics.jsonl") for name in recipes}
@@ -72,37 +70,27 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
     console.print(text)
     console.print("\nhow far its memories' gates open", style="bold")
     console.print(to_terminal(trace))
-    console.print(f"\n{out}: report.json, loss.png, sample.txt, gates.html, and a run folder for each")
+    files = "report.json, loss.png, sample.txt, gates.html, and a run folder for each"
+    console.print(f"\n{out}: {files}", markup=False, soft_wrap=True)
     return report
 
 
-def _trained(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
-    """result.json of the run, which is begun, or goes on, unless it is done."""
-    if not (run / "recipe.json").exists():
-        if run.exists() and any(run.iterdir()):
-            raise ValueError(f"{run} is there already and is no run of this demo: choose another --out, or remove it")
-        train(recipe, run, console)
-    elif not checkpoints(run):
-        (run / "recipe.json").unlink()  # of a run that ended before its first checkpoint
-        train(recipe, run, console)
-    else:
-        _check_same(recipe, run)
-        if not (run / "result.json").exists():
-            train(recipe, run, console, resume=True)
-    path = run / "result.json"
-    return parse_object(path.read_bytes(), str(path))
+def check_folder(recipe: Recipe, run: Path) -> None:
+    """ValueError unless `run` is empty, or a run of this recipe that is done or can go on."""
+    if (run / "recipe.json").exists():
+        check_same(recipe, run)
+    elif run.exists() and {path.name for path in run.iterdir()} - {
+        "lock",
+        "tokenizer",
+    }:  # of a run that was killed early
+        raise ValueError(f"{run} is not empty, and no run: choose another --out")
 
 
-def _check_same(recipe: Recipe, run: Path) -> None:
-    """Refuse to compare with a run of another recipe, or of another text."""
-    changed = differences(Recipe.load(run / "recipe.json").to_dict(), recipe.to_dict())
-    for key, old, new in changed:
-        if key.removeprefix("train.") not in FREE:
-            raise ValueError(f"{run}: {key} was {old!r} and is {new!r}: choose another --out, or remove that folder")
-    path = latest(run) / "training.pt"
-    before = torch.load(path, map_location="cpu", weights_only=True)["loader"].get("corpus")
-    if before != Tokens.open(data_folder(recipe), "train").fingerprint:
-        raise ValueError(f"{run} was trained on another text than there is now: choose another --out, or remove it")
+def trained(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+    """The result.json of a run, which is trained, or gone on with, where it is not done."""
+    if not (run / "result.json").exists():
+        train(recipe, run, console, resume=(run / "recipe.json").exists())
+    return json.loads((run / "result.json").read_text())
 
 
 def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Counts]:

@@ -4,10 +4,11 @@
 
 `key.path=value` overrides one key, with a TOML value: model.hidden_size=96 data.corpus="prose"
 train.steps=200. Python's True, False and None are read too; any other bare word is a string. All fields are checked
-when a recipe is read, those of the model against the types that its config declares (byrote.train.fields).
+when a recipe is read, those of the model against the types that its config declares (byrote.train.recipe.fields).
 """
 
 import dataclasses
+import inspect
 import json
 import sys
 import tomllib
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from byrote.data.prepare import Options
-from byrote.train.fields import check_names, check_value, parse
+from byrote.train.recipe.fields import check_names, check_value, parse
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 MOST_THREADS = 1024  # with tens of thousands torch ends in a segmentation fault
 
@@ -180,7 +181,10 @@ class Recipe:
         return {"model": {"preset": self.model.preset, **self.model.overrides}, **content}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        path.write_text(self.to_json(), "utf-8")
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
 _SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}
@@ -193,8 +197,12 @@ def model_fields(preset: str) -> dict[str, Any]:
     from byrote.models.families import config_class
 
     kind = config_class(preset)
-    types = typing.get_type_hints(kind)
-    return {name: types[name] for name in kind.own_fields() if name not in ("address", "vocab_size")}
+    wanted: dict[str, Any] = {}
+    for part in reversed(kind.__mro__):  # not those of transformers: it has words that no model of ours reads
+        if part.__module__.startswith("byrote."):
+            wanted |= inspect.get_annotations(part, eval_str=True)
+    names = [each.name for each in dataclasses.fields(kind) if each.name not in ("address", "vocab_size")]
+    return {name: wanted[name] for name in names if name in wanted}
 
 
 def _model(content: dict[str, Any]) -> ModelRecipe:
