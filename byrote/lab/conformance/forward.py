@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.address import AddressSpec, engram, hash_windows, windows
-from byrote.lab.conformance import naming_the_file
-from byrote.lab.conformance.cases import Case, FormatError, check_version, run_case
+from byrote.lab.conformance.cases import Case, FormatError, check_version, naming_the_file, run_case
 from byrote.nn.engram import Engram, Gate
 
 FORMAT = "engram-forward-golden/1"

@@ -19,8 +19,7 @@ from tokenizers import Tokenizer
 from byrote.address import AddressSpec, canonical_ids, deepseek_v41, engram, hash_windows, windows
 from byrote.address.contracts.engram import multiplier_half_bound
 from byrote.address.vocabulary import compress, compress_texts, normalize, vocabulary_digest
-from byrote.lab.conformance import naming_the_file
-from byrote.lab.conformance.cases import Case, Divergence, FormatError, check_version, run_case
+from byrote.lab.conformance.cases import Case, Divergence, FormatError, check_version, naming_the_file, run_case
 
 FORMAT = "engram-hash-golden/1"
 PLACE = ("row", "position", "column")
