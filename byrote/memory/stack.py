@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,10 @@ class Memory(nn.Module):
         self.register_buffer("generation", torch.zeros(1, dtype=torch.int64))
         self.lookup = Lookup(table)
         self._checked: tuple[int, int, int] | None = None
+        self.moved = False  # whether rows changed since the table was put here
         self._hooked: weakref.ref[Tensor] | None = None  # the anchor that has our hook
         alive[id(self)] = self
+        self.register_load_state_dict_pre_hook(_forget_generation)
 
     @property
     def table(self) -> Table:
@@ -55,7 +58,7 @@ class Memory(nn.Module):
     @table.setter
     def table(self, table: Table) -> None:
         self.lookup = Lookup(table)
-        self._checked = None
+        self._checked, self.moved = None, False
 
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
@@ -83,12 +86,19 @@ class Memory(nn.Module):
     def commit(self) -> None:
         """Close one step of row updates, here and in the table."""
         self.generation.fill_(self.table.commit())
+        self.moved = True
 
     def _check_generation(self) -> None:
         # Reading the buffer waits for the device, so it is read again only when somebody may have written it.
         stamp = (id(self.generation), self.generation._version, self.table.generation)
         if stamp == self._checked:
             return
+        if int(self.generation) == UNSET:
+            raise RuntimeError(
+                "the weights were loaded from a checkpoint of trainable parameters alone: it has the anchor of this "
+                "table, whose rows were trained then, and no rows. Load them too, from what "
+                "model.save_pretrained(folder) wrote: model.load_tables(folder)"
+            )
         if int(self.generation) != self.table.generation:
             raise RuntimeError(
                 f"the backbone was saved at generation {int(self.generation)} of its table, the table is at "
@@ -223,6 +233,18 @@ class MemoryStack(nn.Module):
                 "map of its tokenizer (vocabulary=...)"
             ) from None
         self._checked = stamp
+
+
+def _forget_generation(memory: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """An anchor comes without the generation of its table: a file of what was trained, to which rows belong.
+
+    Where rows move, in a training, weights may go to and fro without them.
+    """
+    assert isinstance(memory, Memory)
+    if type(state.get(f"{prefix}anchor")) not in (Tensor, nn.Parameter) or f"{prefix}generation" in state:
+        return
+    if not memory.moved:
+        memory.generation.fill_(UNSET)
 
 
 def nowhere(folder: Path) -> bool:

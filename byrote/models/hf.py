@@ -8,6 +8,8 @@
 - `_get_candidate_generator` answers `use_mtp=True` with the model's own drafter, which works on the modules in memory
   (transformers' would build new ones and read their weights again), and keeps what it counts in `model.drafts`;
 - `_valid_auto_compile_criteria` keeps `generate` from compiling a forward that reads tables and looks at lengths.
+
+`saves_adapter` asks what `save_pretrained` would write of a model.
 """
 
 from __future__ import annotations
@@ -15,11 +17,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 
 from byrote.memory.state import MemoryState
+
+
+def saves_adapter(model: PreTrainedModel) -> bool:
+    """Whether the model has an adapter of transformers' own, so that `save_pretrained` writes that and no config."""
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 class MemoryGenerationMixin(GenerationMixin):

@@ -5,6 +5,7 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
 from byrote.memory import MemoryStack
+from byrote.memory.stack import UNSET
 from byrote.models.configuration import MemoryConfig
+from byrote.models.hf import saves_adapter
 from byrote.models.initialization import initialize
 from byrote.tables import Table
 from byrote.tables.files.checksums import write_sums
@@ -65,11 +68,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Backbone, then tables, then the config: a folder with a config is complete.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
-        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
+        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes. Of a model
+        with `add_adapter` the adapter alone is written; ValueError where rows were trained beside it.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
         folder, stack = Path(save_directory), self.memory_stack
+        if saves_adapter(self):
+            self._check_rows_of_adapter()
+            return super().save_pretrained(folder, **kwargs)
         if stack is not None and stack.sharded and dist.get_rank() > 0:
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
@@ -86,6 +93,21 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for layer_id, _ in stack.items() if checksums else ():
             write_sums(stack.table_path(folder, layer_id))
         os.replace(aside, config)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """ValueError where a PEFT model asks for it, to save an adapter, and rows were trained beside that."""
+        if kwargs.get("prefix") and hasattr(self, "peft_config"):
+            self._check_rows_of_adapter()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_rows_of_adapter(self) -> None:
+        memories = [] if self.memory_stack is None else self.memory_stack.items()
+        if trained := [layer for layer, memory in memories if memory.moved and memory.anchor.requires_grad]:
+            raise ValueError(
+                f"the rows of the tables of layers {trained} were trained beside an adapter, whose folder holds no "
+                "rows: save the whole model (a PeftModel: model.merge_and_unload().save_pretrained(folder)), or freeze "
+                "the tables before an adapter is trained: model.memory_stack.requires_grad_(False)"
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -105,11 +127,12 @@ class MemoryPreTrainedModel(PreTrainedModel):
         among the tables.
         """
         check_placement(placement, cache)  # before anything is loaded
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
+        whole = _base_of_adapter(name) or name  # transformers opens that and puts the adapter on it
+        if os.path.isdir(whole) and "config" not in kwargs and not _resolve(whole, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        if os.path.isdir(name):
-            check_weights(_resolve(name, "", kwargs))
+            raise ValueError(f"{whole} holds no config.json, which is written last: the save did not come to its end")
+        if os.path.isdir(whole):
+            check_weights(_resolve(whole, "", kwargs))
         told = kwargs.pop("output_loading_info", False)
         model: Any
         info: Any
@@ -124,7 +147,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        tables = move(model._opened(lambda file: _resolve(name, file, hub), placement), placement)
+        tables = move(model._opened(lambda file: _resolve(whole, file, hub), placement), placement)
         model._put(tables if cache is None or not tables else cached(tables, cache))
         return (model, info) if told else model
 
@@ -147,7 +170,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             path, num_rows = find(stack.table_path(Path(), layer_id).name), stack.spec.layer(layer_id).rows
             width, digest = self.config.memory_row_width, stack.spec.digest
             table = open_table(path, placement, num_rows=num_rows, width=width, digest=digest)
-            if int(memory.generation) != table.generation:
+            if int(memory.generation) not in (table.generation, UNSET):
                 raise ValueError(
                     f"{path}: generation {table.generation}, the backbone was saved with "
                     f"{int(memory.generation)}: take both from one save_pretrained"
@@ -159,6 +182,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
                 memory.table = table
+                memory.generation.fill_(table.generation)  # which the backbone may have been loaded without
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -169,6 +193,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Read back what `save_row_state` wrote."""
         if self.memory_stack is not None:
             self.memory_stack.load_row_state(Path(folder))
+
+
+def _base_of_adapter(name: str | os.PathLike[str]) -> str | None:
+    """What the adapter in a folder was trained on; None where the folder holds a model, or is none."""
+    adapter = Path(name, "adapter_config.json")
+    if not adapter.is_file() or Path(name, "config.json").is_file():
+        return None
+    return json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
