@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from byrote.memory import Memory, MemoryStack
 from byrote.memory.stack import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
+from byrote.models.hf import saves_adapter
 from byrote.models.initialization import initialize
 from byrote.models.words import nearest
 from byrote.nn.boundary import BoundaryHead
@@ -109,11 +110,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Backbone, then tables, then the config: a folder with a config is complete, also one that is written over.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
-        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
+        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes. Of a model
+        with `add_adapter` the adapter alone is written; ValueError where rows were trained beside it.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
         folder, stack = Path(save_directory), self.memory_stack
+        if saves_adapter(self):
+            self._check_rows_of_adapter()
+            return super().save_pretrained(folder, **kwargs)
         if stack is not None and stack.sharded and dist.get_rank() > 0:
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
@@ -140,6 +145,21 @@ class MemoryPreTrainedModel(PreTrainedModel):
                     write_sums(stack.table_path(folder, layer_id))
             os.replace(config, folder / config.name)
         aside.rmdir()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """ValueError where a PEFT model asks for it, to save an adapter, and rows were trained beside that."""
+        if kwargs.get("prefix") and hasattr(self, "peft_config"):
+            self._check_rows_of_adapter()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_rows_of_adapter(self) -> None:
+        memories = [] if self.memory_stack is None else self.memory_stack.items()
+        if trained := [layer for layer, memory in memories if memory.moved and memory.anchor.requires_grad]:
+            raise ValueError(
+                f"the rows of the tables of layers {trained} were trained beside an adapter, whose folder holds no "
+                "rows: save the whole model (a PeftModel: model.merge_and_unload().save_pretrained(folder)), or freeze "
+                "the tables before an adapter is trained: model.memory_stack.requires_grad_(False)"
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -170,7 +190,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for word in kwargs:
             if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
                 raise ValueError(f"{word} is no field of the config: did you mean {near}?")
-        _check_folder(name, kwargs)
+        whole = _base_of_adapter(name) or name  # transformers opens that and puts the adapter on it
+        _check_folder(whole, kwargs)
         told = kwargs.pop("output_loading_info", False)
         model: Any
         info: Any
@@ -188,7 +209,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        tables = move(model._opened(lambda file: _resolve(name, file, hub), placement), placement)
+        tables = move(model._opened(lambda file: _resolve(whole, file, hub), placement), placement)
         model._put(tables if cache is None or not tables else cached(tables, cache))
         return (model, info) if told else model
 
@@ -226,7 +247,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
                 memory.table = table
-                memory.generation.fill_(table.generation)
+                memory.generation.fill_(table.generation)  # which the backbone may have been loaded without
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -258,6 +279,14 @@ def _check_folder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         parse_object(config.read_bytes(), str(config))
     check_weights(_resolve(name, "", kwargs))
+
+
+def _base_of_adapter(name: str | os.PathLike[str]) -> str | None:
+    """What the adapter in a folder was trained on; None where the folder holds a model, or is none."""
+    adapter = Path(name, "adapter_config.json")
+    if not adapter.is_file() or Path(name, "config.json").is_file():
+        return None
+    return parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
