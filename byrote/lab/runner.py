@@ -36,7 +36,7 @@ from byrote.models.families import count
 from byrote.train.checkpoint import PREFIX, checkpoints
 from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics
-from byrote.train.run import FREE, config_of, make_trainer, prepare_data
+from byrote.train.run import FREE, alone, config_of, make_trainer, prepare_data
 from byrote.train.signals import Signals
 from byrote.train.trainer import Interrupted
 
@@ -112,6 +112,11 @@ def run_lab(
 
 def run_cell(folder: Path, keep: bool) -> None:
     """Do, or go on with, the run that folder/cell.json describes."""
+    with alone(folder):
+        _run_cell(folder, keep)
+
+
+def _run_cell(folder: Path, keep: bool) -> None:
     cell = json.loads((folder / "cell.json").read_text())
     recipe = Recipe.from_dict(cell["recipe"])
     data, meta = prepare_data(recipe, lambda what, done, total: None)

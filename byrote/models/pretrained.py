@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
@@ -137,6 +137,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for prefix, module in model.named_modules():
             if isinstance(module, Memory):
                 module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
+        _align(model)
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -211,6 +212,15 @@ def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: s
         return logged if placement == "file" else logged.in_memory()
     opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
     return opened.open(path, num_rows=num_rows, width=width, digest=digest)
+
+
+def _align(model: nn.Module) -> None:
+    """Move tensors out of a mapped file where they begin at an odd address: there the vector units of a CPU sum a
+    product in another order, and what is loaded would not be what was saved to the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _remove_weights(folder: Path, variant: str | None) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from byrote.train import filetables
 
@@ -74,15 +73,6 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     if hasattr(model, "load_row_state") and not filetables.logged_tables(model):
         model.load_row_state(checkpoint / "row_state")
     return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-
-
-def align(model: nn.Module) -> None:
-    """Move loaded tensors to memory of their own. In a mapped file they begin at odd addresses, where the
-    vector units of a CPU sum a product in another order: the same numbers, but not the same next step to
-    the last bit.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 def random_states() -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """A recipe, made to run: data, tokenizer, model, optimizer, trainer; and the run folder it leaves.
 
     RUN/recipe.json  tokenizer/  checkpoints/  metrics.jsonl  loss.png  sample.txt  result.json
+        lock         held by the process that trains here
 
 Under torchrun each process runs this; they share the rows of a batch, and rank 0 writes.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
+from byrote.tables import disk
 from byrote.tables.device import accelerator
 from byrote.tables.pinned import check_gpu
 from byrote.train import filetables
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.checkpoint import FOLDERS, align, latest, sharded
+from byrote.train.checkpoint import FOLDERS, latest, sharded
 from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
@@ -84,11 +88,31 @@ def train(recipe: Recipe, run: Path, console: Console, resume: bool = False) -> 
     _check_processes(recipe)
     with DataLive(console, recipe.data.corpus) as live:
         data, meta = prepare_data(recipe, live.report)
-    with Live(console, run.name, recipe.train.steps) as shown:
+    with alone(run), Live(console, run.name, recipe.train.steps) as shown:
         trainer = make_trainer(recipe, run, data, meta, resume, shown.report)
         result = trainer.train()
     finish(recipe, trainer, result, data)
     return trainer, result
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """ValueError where another process trains in the folder; one that died does not count."""
+    if rank():
+        yield
+        return
+    made = not run.exists()
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = disk.lock(run / "lock")
+    except ValueError:
+        raise ValueError(f"{run} is trained by another process: let it end, or stop it, before you resume it") from None
+    try:
+        yield
+    finally:
+        if made and [path.name for path in run.iterdir()] == ["lock"]:  # nothing has begun here
+            shutil.rmtree(run)
+        lock.close()
 
 
 def make_trainer(
@@ -110,7 +134,6 @@ def make_trainer(
     if checkpoint:
         opened = "host" if settings.placement in ("device", "pinned") else settings.placement
         model = model_class(config).from_pretrained(checkpoint, placement=opened)
-        align(model)
     else:
         torch.manual_seed(settings.seed)
         model = model_class(config)(config, compress(tokenizer))
