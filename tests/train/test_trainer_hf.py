@@ -10,7 +10,6 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.train.callback import TableCallback
-from byrote.train.checkpoint import align
 from byrote.train.optimizer import Optimizer
 
 STEPS, LENGTH = 6, 16
@@ -120,7 +119,6 @@ def test_resume_of_a_model_that_was_loaded_from_the_checkpoint(interrupted, tmp_
     """Its rows are there already, their state is not."""
     expected, checkpoint = interrupted
     resumed = EngramForCausalLM.from_pretrained(checkpoint)
-    align(resumed)
     trainer(resumed, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert_same(snapshot(resumed), snapshot(expected))
 
