@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
@@ -204,6 +204,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for prefix, module in model.named_modules():
             if isinstance(module, Memory):
                 module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
+        _align(model)
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -258,6 +259,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Read back what `save_row_state` wrote."""
         if self.memory_stack is not None:
             self.memory_stack.load_row_state(Path(folder))
+
+
+def _align(model: nn.Module) -> None:
+    """Move tensors out of a mapped file where they begin at an odd address: there the vector units of a CPU sum a
+    product in another order, and what is loaded would not be what was saved to the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _remove_weights(folder: Path, variant: str | None) -> None:

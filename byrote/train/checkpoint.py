@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from byrote.tables.log.disk import naming
 from byrote.tables.placements.open import POINTER
@@ -115,15 +114,6 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     except (EOFError, RuntimeError, UnpicklingError) as error:
         what = str(error).partition("\n")[0] or "it is empty"
         raise ValueError(f"{path} is damaged ({what}); resume from another checkpoint") from error
-
-
-def align(model: nn.Module) -> None:
-    """Move loaded tensors to memory of their own. In a mapped file they begin at odd addresses, where the
-    vector units of a CPU sum a product in another order: the same numbers, but not the same next step to
-    the last bit.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 def random_states() -> dict[str, Any]:

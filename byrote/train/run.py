@@ -29,7 +29,7 @@ from byrote.tables.placements.pinned import check_gpu
 from byrote.train import file_tables as filetables
 from byrote.train import folder
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.checkpoint import FOLDERS, align, sharded
+from byrote.train.checkpoint import FOLDERS, sharded
 from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
@@ -179,7 +179,6 @@ def _open(recipe: Recipe, checkpoint: Path, tokenizer: Any) -> Any:
     """The model of a checkpoint, its tables where they are read before they are moved."""
     opened = "file" if PLACEMENTS[recipe.train.placement].in_file else "host"
     model = model_class(config_of(recipe, tokenizer)).from_pretrained(checkpoint, placement=opened)
-    align(model)
     return model
 
 
