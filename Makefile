@@ -36,7 +36,7 @@ RUN = PYTHONPATH=. $(PYTHON)
 MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
 
 gpu:
-	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
+	$(RUN) -m pytest tests/exactness tests/tables/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
 	mkdir -p $(OUT)
 	for shape in tiny wide; do for compile in "" --compile; do \
 	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \

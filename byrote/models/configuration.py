@@ -38,6 +38,7 @@ class MemoryConfig:
     presets: dict[str, dict[str, Any]]
     vocab_size: int
     hidden_size: int
+    use_cache: bool
     num_streams: int
     stream_connection: str
     memory_layers: list[int]

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from byrote.ops.dispatch import plain_twins
+from tests.exactness.conftest import build
 from tests.exactness.dlcm.conftest import DEEPSEEK
 from tests.exactness.dlcm.conftest import build as build_dlcm
-from tests.exactness.conftest import build
 from tests.exactness.test_called import both
 
 MODELS = {"engram": lambda: build(num_streams=4), "dlcm": lambda: build_dlcm(**DEEPSEEK, boundary_threshold=0.6)}

@@ -100,7 +100,9 @@ def test_whatever_peft_adapts_is_in_training_and_in_cached_decoding(model, ids, 
     expected = logits(adapted, ids)
     train(adapted, steps=3, lr=3e-2)
     learned = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert learned and all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert learned and all(
+        parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
     full, cached = both(adapted.eval(), ids)
     assert (full - expected).abs().max() > 1e-3
     torch.testing.assert_close(cached, full, atol=1e-5, rtol=0)

@@ -21,7 +21,6 @@ def patched(layer):
     layer.forward = lambda x: x
 
 
-
 def scaled(layer):
     parametrize.register_parametrization(layer, "weight", nn.Identity())
 
