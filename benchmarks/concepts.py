@@ -6,8 +6,8 @@ llama    recipes/llama-SHAPE.toml     the baseline, of the FLOPs per token that 
 dlcm     recipes/dlcm-SHAPE.toml      at R = 2, 4, 8: one shape, so that only R = 4 costs what the baseline does
 
 Losses per token, per second and per FLOP; the compression that came out, over training, against R; losses by the place
-in a concept. A run that is done is not run again (byrote/lab/runner.py). `OUT/report.json` has the numbers, `OUT/*.png`
-the pictures.
+in a concept. A run that is done is not run again (byrote/lab/studies/runner.py). `OUT/report.json` has the numbers,
+`OUT/*.png` the pictures.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from transformers import AutoModelForCausalLM
 
 import byrote  # noqa: F401  registers the models
 from byrote.data.packing import Batch, Tokens, validation_batches
-from byrote.lab.concept_losses import by_index, token_losses
-from byrote.lab.plan import Variant, cells, plan
-from byrote.lab.runner import run_lab
-from byrote.lab.statistics import Summary, paired, summarize
-from byrote.lab.table import Results
-from byrote.models.families import config_class, count
+from byrote.lab.inspect.concept_losses import by_index, token_losses
+from byrote.lab.studies.plan import Variant, cells, plan
+from byrote.lab.studies.report import Results
+from byrote.lab.studies.runner import run_lab
+from byrote.lab.studies.statistics import Summary, paired, summarize
+from byrote.models.counts import count
+from byrote.models.families import config_class
 from byrote.train.checkpoint import latest
-from byrote.train.config import Recipe
 from byrote.train.metrics import read_metrics
+from byrote.train.recipe import RECIPES, Recipe
 from byrote.train.run import data_folder
 
 Folders = dict[tuple[str, int], Path]
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = ["train.steps=3", "train.batch_size=2", "train.warmup=1", "train.eval_batches=1", "train.eval_every=0"]
 QUICK += ["data.length=64", "train.log_every=1"]
 TOLERANCE = 0.01  # of FLOPs per token

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from byrote import DLCMConfig, DLCMForCausalLM
-from byrote.memory.concepts import ConceptState
-from byrote.models.families import count
+from byrote.memory.concept_state import ConceptState
+from byrote.models.counts import count
 from byrote.nn.concept_attention import Places, flex, replicated, sdpa
 
 RATIO = 4

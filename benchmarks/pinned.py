@@ -24,7 +24,7 @@ from torch import Tensor
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import RamTable
-from byrote.tables.pinned import PinnedTable
+from byrote.tables.placements.pinned import PinnedTable
 
 GOAL = 0.99
 

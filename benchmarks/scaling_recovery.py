@@ -15,9 +15,9 @@ import statistics
 
 import numpy as np
 
-from byrote.lab.scaling_data import Runs
-from byrote.lab.scaling_fit import NAMES, fit_law
-from byrote.lab.scaling_law import MADE_UP as LAW
+from byrote.lab.studies.dlcm_scaling.data import Runs
+from byrote.lab.studies.dlcm_scaling.fit import NAMES, fit_law
+from byrote.lab.studies.dlcm_scaling.law import MADE_UP as LAW
 
 PAPER, WIDE = (274e6, 468e6, 833e6), (3e7, 1e8, 3e8, 1e9, 3e9)
 OFFSETS = {name: getattr(LAW, name) for name in ("t_token", "t_concept", "t_data")}

@@ -13,11 +13,11 @@ import json
 import sysconfig
 from pathlib import Path
 
-from byrote.lab.plan import plan
-from byrote.lab.runner import run_lab
-from byrote.lab.table import markdown, rows
+from byrote.lab.studies.plan import plan
+from byrote.lab.studies.report import markdown, rows
+from byrote.lab.studies.runner import run_lab
+from byrote.train.recipe import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = {"model.preset": '"nano"', "data.length": "64", "data.vocab_size": "1024", "train.steps": "3"}
 QUICK |= {
     "model.num_hidden_layers": "6",

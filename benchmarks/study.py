@@ -8,8 +8,8 @@ bigram   recipes/controls/bigram.toml     as many rows, addressed by bigrams, ad
 one-row  recipes/tiny-engram.toml         the same tables, but every n-gram addresses the first row of its column
 
 Total parameters are equal within 1 %, active ones within 2 %. A run that is done is not run again, and one that was
-stopped goes on (byrote/lab/runner.py). Each run uses one thread; `--jobs` of them run side by side, so seconds compare
-only within one invocation.
+stopped goes on (byrote/lab/studies/runner.py). Each run uses one thread; `--jobs` of them run side by side, so seconds
+compare only within one invocation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import argparse
 import json
 from pathlib import Path
 
-from byrote.lab.plan import plan
-from byrote.lab.runner import run_lab
-from byrote.lab.table import markdown, rows
+from byrote.lab.studies.plan import plan
+from byrote.lab.studies.report import markdown, rows
+from byrote.lab.studies.runner import run_lab
+from byrote.train.recipe import RECIPES
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = {
     "moe": f"{RECIPES}/tiny-moe.toml",
     "engram": f"{RECIPES}/tiny-engram.toml",

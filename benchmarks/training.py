@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,10 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.interop.deepseek_v3 import to_deepseek_v3
 from byrote.interop.deepseek_v3_config import to_deepseek_v3_config
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.config import Recipe
 from byrote.train.evaluate import loss_options
 from byrote.train.optimizer import Optimizer
+from byrote.train.recipe import RECIPES, Recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of the experts, in transformers
 WIDE: dict[str, Any] = {"hidden_size": 512, "num_attention_heads": 8, "kv_lora_rank": 128, "moe_intermediate_size": 128}
 WIDE |= {"intermediate_size": 1536, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}

@@ -26,10 +26,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from byrote.address.spec import LayerAddress
+from byrote.address.spec import DEAD, LayerAddress
 from byrote.compiled.loops import numba_is_there
-
-DEAD = int(np.iinfo(np.int64).min)
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -46,12 +44,12 @@ def canonical_ids(vocabulary: Array, input_ids: Array, alive: Array | None = Non
 
 
 def _compiled_canonical_ids(vocabulary: Any, input_ids: Any, alive: Any) -> Any:
-    from byrote.address import kernels
+    from byrote.address import loops
 
     out = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
     living = np.empty(0, bool) if alive is None else alive.contiguous().view(-1).numpy()
     ids = input_ids.contiguous().view(-1).numpy()
-    if not kernels.canonical_ids(vocabulary.numpy(), ids, living, out.view(-1).numpy()):
+    if not loops.canonical_ids(vocabulary.numpy(), ids, living, out.view(-1).numpy()):
         check_known(input_ids, len(vocabulary), alive)
     return out
 
@@ -69,7 +67,8 @@ def check_known(input_ids: Array, vocab_size: int, alive: Array | None = None) -
         row, position = (int(index) for index in xp.argwhere(unknown)[0])
         raise ValueError(
             f"input_ids[{row}, {position}] is {int(input_ids[row, position])}; the vocabulary has the ids "
-            f"0 .. {vocab_size - 1}: mask the position, or use the tokenizer of this vocabulary"
+            f"0 .. {vocab_size - 1}: mask the position, use the tokenizer of this vocabulary, or, where tokens were "
+            "added to it, call model.resize_token_embeddings(len(tokenizer))"
         )
 
 
@@ -93,11 +92,11 @@ def plain_windows(ids: Array, starts: Array, tail: Array | None, max_order: int)
 
 def _compiled_windows(ids: Any, starts: Any, tail: Any, max_order: int) -> Any:
     tail = _checked_tail(ids, starts, tail, max_order)
-    from byrote.address import kernels
+    from byrote.address import loops
 
     out = ids.new_empty(*ids.shape, max_order)
     ids, starts, tail = (array.contiguous().numpy() for array in (ids, starts, tail))
-    kernels.windows(ids, starts, tail, out.numpy())
+    loops.windows(ids, starts, tail, out.numpy())
     return out
 
 
@@ -122,12 +121,12 @@ def hash_rows(windows: torch.Tensor, layer: LayerAddress, pad_id: int) -> torch.
     if not _compilable(windows):
         return hash_windows(windows, layer, pad_id)
     _check_order(windows, layer)
-    from byrote.address import kernels
+    from byrote.address import loops
 
     multipliers, primes, offsets = _tables(layer)
     rows = torch.empty(*windows.shape[:-1], layer.columns, dtype=torch.int64)
     flat, out = windows.reshape(-1, len(multipliers)).contiguous(), rows.view(-1, layer.columns)
-    kernels.hash_windows(flat.numpy(), multipliers, primes, offsets, pad_id, out.numpy())
+    loops.hash_windows(flat.numpy(), multipliers, primes, offsets, pad_id, out.numpy())
     return rows
 
 

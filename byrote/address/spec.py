@@ -7,9 +7,9 @@ Row of column (order n, head k) at position t, for compressed ids x (Engram pape
     row   = mix_n mod primes[n - 2][k] + offset of the column
 
 Columns are order-major and head-minor. `offsets` is the exclusive prefix sum of the primes: one table per
-layer holds all its columns. A specification is built by `contracts.py` and checked here, on construction and
-on reading: whatever would give wrong rows (an overflow, a repeated or composite modulus, a changed
-vocabulary) is refused.
+layer holds all its columns. A specification is built by its contract (`contracts/`) and checked on construction and
+on reading: whatever would give wrong rows (an overflow, a changed vocabulary) or breaks a promise of the contract (a
+repeated or composite modulus) is refused.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from byrote.address.vocabulary import vocabulary_digest
 
 FORMAT_VERSION = 1
-CONTRACTS = ("engram", "deepseek_v41")
+DEAD = int(np.iinfo(np.int64).min)  # the canonical id of what is no token: padding, and what lies before a document
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,22 @@ class LayerAddress:
         return len(self.moduli)
 
 
+class Contract(NamedTuple):
+    """`build(vocabulary, *, table_sizes, heads, layer_ids, pad_id, seed)` makes a specification; `check` refuses one
+    that breaks what the contract promises of its integers, with ValueError.
+    """
+
+    build: Callable[..., AddressSpec]
+    check: Callable[[AddressSpec], None]
+
+
+CONTRACTS: dict[str, Contract] = {}  # by name: `byrote.address.contracts`
+
+
 @dataclass(frozen=True)
 class AddressSpec:
+    """The addresses of all memories of a model; ValueError where they would give wrong rows. `digest` names it."""
+
     contract: str
     format_version: int
     vocab_size: int  # raw ids 0 .. vocab_size - 1
@@ -69,68 +84,59 @@ class AddressSpec:
     layers: tuple[LayerAddress, ...]
 
     def __post_init__(self) -> None:
-        _require(self.contract in CONTRACTS, "contract", self.contract, f"one of {', '.join(CONTRACTS)}")
-        _require(self.format_version == FORMAT_VERSION, "format_version", self.format_version, f"{FORMAT_VERSION}")
+        require(self.contract in CONTRACTS, "contract", self.contract, f"one of {', '.join(CONTRACTS)}")
+        require(self.format_version == FORMAT_VERSION, "format_version", self.format_version, f"{FORMAT_VERSION}")
         for name in ("vocab_size", "compressed_vocab_size", "pad_id", "max_order", "heads", "seed"):
-            _require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
+            require(type(getattr(self, name)) is int, name, getattr(self, name), "an integer")
         classes = self.compressed_vocab_size
-        _require(
+        require(
             0 < classes <= self.vocab_size,
             "compressed_vocab_size",
             classes,
             f"1 .. vocab_size ({self.vocab_size})",
         )
-        _require(
+        require(
             0 <= self.pad_id < classes,
             "pad_id",
             self.pad_id,
             f"0 .. compressed_vocab_size - 1 ({classes - 1})",
         )
-        _require(self.max_order >= 2, "max_order", self.max_order, "at least 2")
-        _require(self.heads >= 1, "heads", self.heads, "at least 1")
-        _require(_is_digest(self.vocabulary_digest), "vocabulary_digest", self.vocabulary_digest, "64 hex digits")
-        _require(len(self.layers) > 0, "layers", self.layers, "at least one layer")
+        require(self.max_order >= 2, "max_order", self.max_order, "at least 2")
+        require(self.heads >= 1, "heads", self.heads, "at least 1")
+        require(_is_digest(self.vocabulary_digest), "vocabulary_digest", self.vocabulary_digest, "64 hex digits")
+        require(len(self.layers) > 0, "layers", self.layers, "at least one layer")
         layer_ids = [layer.layer_id for layer in self.layers]
-        _require(len(set(layer_ids)) == len(layer_ids), "layers", layer_ids, "distinct layer ids")
-        seen: set[int] = set()
+        require(len(set(layer_ids)) == len(layer_ids), "layers", layer_ids, "distinct layer ids")
         for layer in self.layers:
-            self._check_layer(layer, seen)
+            self._check_layer(layer)
+        CONTRACTS[self.contract].check(self)
 
-    def _check_layer(self, layer: LayerAddress, seen: set[int]) -> None:
+    def _check_layer(self, layer: LayerAddress) -> None:
         where = f"layer {layer.layer_id}"
-        _require(
+        require(
             type(layer.layer_id) is int and layer.layer_id >= 0,
             "layer_id",
             layer.layer_id,
             "an integer from 0",
         )
         multipliers = layer.multipliers
-        _require(
+        require(
             len(multipliers) == self.max_order
-            and all(type(m) is int and m > 0 and m % 2 for m in multipliers),
-            f"{where} multipliers", multipliers, f"{self.max_order} odd positive integers",
+            and all(type(m) is int and m > 0 for m in multipliers),
+            f"{where} multipliers", multipliers, f"{self.max_order} positive integers",
         )  # fmt: skip
-        _require(
+        require(
             (self.compressed_vocab_size - 1) * max(multipliers) < 2**63,
             f"{where} multipliers", multipliers, "small enough that no product with an id reaches 2^63",
         )  # fmt: skip
-        _require(
+        require(
             [len(order) for order in layer.primes] == [self.heads] * (self.max_order - 1),
             f"{where} primes", layer.primes, f"{self.max_order - 1} orders of {self.heads} heads",
         )  # fmt: skip
-        _require(
-            all(type(p) is int and p < 2**63 and is_prime(p) for p in layer.moduli),
-            f"{where} primes", layer.primes, "primes below 2^63",
+        require(
+            all(type(p) is int and 0 < p < 2**63 for p in layer.moduli),
+            f"{where} primes", layer.primes, "integers from 1, below 2^63",
         )  # fmt: skip
-        _require(
-            all(a < b for order in layer.primes for a, b in itertools.pairwise(order)),
-            f"{where} primes", layer.primes, "ascending within an order",
-        )  # fmt: skip
-        _require(
-            len(set(layer.moduli)) == layer.columns and seen.isdisjoint(layer.moduli),
-            f"{where} primes", layer.primes, "unique over all orders and layers",
-        )  # fmt: skip
-        seen.update(layer.moduli)
 
     @property
     def orders(self) -> range:
@@ -139,6 +145,20 @@ class AddressSpec:
     @property
     def columns(self) -> int:
         return (self.max_order - 1) * self.heads
+
+    @property
+    def most_classes(self) -> int:
+        """How many classes these multipliers leave room for: no product of them with an id reaches 2^63."""
+        return (2**63 - 1) // max(max(layer.multipliers) for layer in self.layers) + 1
+
+    def resized(self, vocabulary: np.ndarray) -> AddressSpec:
+        """The same multipliers and primes, so the same rows of all ids that stay, for another length of the map."""
+        return dataclasses.replace(
+            self,
+            vocab_size=len(vocabulary),
+            compressed_vocab_size=int(vocabulary.max()) + 1,
+            vocabulary_digest=vocabulary_digest(vocabulary),
+        )
 
     def layer(self, layer_id: int) -> LayerAddress:
         for layer in self.layers:
@@ -196,26 +216,11 @@ class AddressSpec:
         return spec
 
 
-def is_prime(number: int) -> bool:
-    """Miller-Rabin with the first twelve primes as bases, which decides every number below 3.3e24."""
-    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-    if number < 2 or any(number % base == 0 for base in bases):
-        return number in bases
-    twos = ((number - 1) & -(number - 1)).bit_length() - 1
-    odd = (number - 1) >> twos
-    for base in bases:
-        power = pow(base, odd, number)
-        if power in (1, number - 1):
-            continue
-        if not any((power := power * power % number) == number - 1 for _ in range(twos - 1)):
-            return False
-    return True
-
-
 def _is_digest(text: Any) -> bool:
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
+def require(condition: bool, field: str, value: Any, remedy: str) -> None:
+    """ValueError that says what the field must be, unless the condition holds."""
     if not condition:
         raise ValueError(f"{field} is {value!r}; it must be {remedy}")

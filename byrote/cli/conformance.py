@@ -15,9 +15,9 @@ def conformance(
     ] = None,
 ) -> None:
     """Check this library against golden vectors (docs/formats.md)."""
-    from byrote.lab.conformance import FormatError
-    from byrote.lab.conformance_forward import check_forward_file
-    from byrote.lab.conformance_hash import check_hash_file
+    from byrote.lab.conformance.cases import FormatError
+    from byrote.lab.conformance.forward import check_forward_file
+    from byrote.lab.conformance.hash import check_hash_file
 
     passed = failed = 0
     try:

@@ -17,7 +17,7 @@ def demo(
     """
     from transformers.utils import logging
 
-    from byrote.lab.demo import run_demo
+    from byrote.lab.studies.demo import run_demo
     from byrote.train.trainer import Interrupted
 
     logging.disable_progress_bar()

@@ -13,8 +13,8 @@ def gates(
     html: Annotated[Path | None, typer.Option(help="Write a page as well.")] = None,
 ) -> None:
     """Show how far each memory's gate opens at each token of a text."""
-    from byrote.cli.models import load
-    from byrote.lab.gates import record, to_html, to_terminal
+    from byrote.cli.load import load
+    from byrote.lab.inspect.gates import record, to_html, to_terminal
 
     trace = record(*load(folder), text)
     console = Console()

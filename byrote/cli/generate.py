@@ -39,7 +39,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from byrote.cli.models import load
+    from byrote.cli.load import load
     from byrote.models.engram import EngramForCausalLM
 
     model, tokenizer = load(folder, placement, cache)

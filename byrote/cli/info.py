@@ -27,7 +27,7 @@ def info(
     config: Annotated[bool, typer.Option("--config", help="Print the whole config too.")] = False,
 ) -> None:
     """Show a model's parameters by part, its tables and addresses, and a run's checkpoints."""
-    from byrote.cli.models import load, model_folder
+    from byrote.cli.load import load, model_folder
     from byrote.models.configuration import MemoryConfig
 
     console = Console()
@@ -64,7 +64,7 @@ def _parameters(model: Any) -> Table:
 
 
 def _ours(console: Console, model: Any) -> None:
-    from byrote.models.families import count
+    from byrote.models.counts import count
 
     memories = model.model.memories
     if memories is not None:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from byrote.cli.concepts import concepts
 from byrote.cli.conformance import conformance
 from byrote.cli.data import data
 from byrote.cli.demo import demo
@@ -14,7 +15,6 @@ from byrote.cli.gates import gates
 from byrote.cli.generate import generate
 from byrote.cli.info import info
 from byrote.cli.lab import lab
-from byrote.cli.segments import segments
 from byrote.cli.table import table
 from byrote.cli.train import train
 
@@ -45,7 +45,7 @@ def byrote() -> None:
     """Language models that look things up: train, run and look into them."""
 
 
-for _verb in (demo, data, train, generate, gates, segments, info, conformance):
+for _verb in (demo, data, train, generate, gates, concepts, info, conformance):
     app.command()(_verb)
 app.add_typer(lab, name="lab")
 app.add_typer(table, name="table")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, or a name: nano, tiny-engram, ...")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE unless given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
@@ -16,12 +16,12 @@ def train(
     """Train a model. Ctrl-C saves and stops; --resume goes on bit for bit.
 
     \b
-    byrote train recipes/nano.toml model.hidden_size=96 train.steps=200
+    byrote train nano model.hidden_size=96 train.steps=200
     Several processes: torchrun --nproc-per-node=2 -m byrote train RECIPE
     """
     from transformers.utils import logging
 
-    from byrote.train.config import Recipe
+    from byrote.train.recipe import Recipe
     from byrote.train.run import rank, start_processes
     from byrote.train.run import train as train_recipe
     from byrote.train.trainer import BUDGET, Interrupted

@@ -17,7 +17,6 @@ Left out: fp8 weights with block scales (convert them first), downloads, tokeniz
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from os import PathLike
@@ -31,6 +30,7 @@ from transformers import DeepseekV3Config, GenerationConfig
 from byrote.interop.deepseek_v3_config import from_deepseek_v3_config, to_deepseek_v3_config
 from byrote.interop.shards import read_names, read_shards, write_shards
 from byrote.models.engram import EngramConfig, EngramForCausalLM
+from byrote.tables.files.headers import parse_object
 
 ATTENTION = {
     "q_proj": "q_proj",
@@ -222,7 +222,8 @@ def load_deepseek_v3(folder: str | PathLike[str], *, dtype: torch.dtype | None =
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json: give the folder of a DeepseekV3 checkpoint")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    path = folder / "config.json"
+    model_type = parse_object(path.read_bytes(), str(path)).get("model_type")
     if model_type != "deepseek_v3":
         raise ValueError(f"{model_type=} in {folder}: give the folder of a DeepseekV3 checkpoint")
     theirs = DeepseekV3Config.from_pretrained(folder)

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-WHOLE = "model.safetensors"
-INDEX = f"{WHOLE}.index.json"
+from byrote.tables.files.headers import INDEX, WHOLE, weight_map
 
 
 def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -32,13 +31,7 @@ def read_names(folder: Path) -> Iterator[str]:
 
 
 def _open_shards(folder: Path) -> Iterator[Any]:
-    if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    elif (folder / WHOLE).exists():
-        files = [WHOLE]
-    else:
-        raise ValueError(f"{folder} holds neither {WHOLE} nor {INDEX}: give a folder with safetensors weights")
-    for path in (folder / file for file in files):
+    for path in (folder / file for file in sorted(set(weight_map(folder).values()))):
         try:
             with safe_open(path, framework="pt") as shard:
                 yield shard

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from byrote.tables.table import Table
 
-THREADS = 2  # tables that are read at once; each read has threads of its own (`byrote.tables.preads`)
+THREADS = 2  # tables that are read at once; each read has threads of its own (`byrote.tables.files.reads`)
 
 
 @dataclass(eq=False)
@@ -59,13 +59,13 @@ class Reading:
 
     def __init__(self, table: Table, rows: Tensor, times: Times) -> None:
         self.table, self.rows, self.times = table, rows, times
-        self._writes: int = table.writes  # type: ignore[attr-defined]
+        self._writes = table.writes
         self._job: Future[Any] | None
         if not rows.is_cuda:
             self._job = _pool(os.getpid()).submit(_read, table, rows)
             return
         ready = torch.cuda.current_stream(rows.device).record_event()
-        if getattr(table, "asynchronous", False):
+        if table.asynchronous:
             self._job = Future()
             self._job.set_result(_queue_on_gpu(table, rows, ready))
         else:
@@ -83,20 +83,20 @@ class Reading:
             stream = torch.cuda.current_stream(values.device)
             stream.wait_event(done)
             values.record_stream(stream)
-        return values if self.table.writes == self._writes else None  # type: ignore[attr-defined]
+        return values if self.table.writes == self._writes else None
 
 
 def begin(table: Table, rows: Tensor, times: Times) -> Reading | None:
-    if type(rows) is not Tensor or not rows.numel() or not hasattr(table, "writes"):
+    if type(rows) is not Tensor or not rows.numel() or table.sharded:  # which all ranks read in one order
         return None
-    if rows.is_cuda or (rows.device.type == "cpu" and hasattr(table, "cold") and table.cold(rows)):
+    if rows.is_cuda or (rows.device.type == "cpu" and table.cold(rows)):
         return Reading(table, rows, times)
     return None
 
 
 def warm(table: Table, rows: Tensor, times: Times) -> None:
     """Bring rows into memory, on the caller's thread, long before they are read."""
-    if hasattr(table, "warm") and table.cold(rows):  # type: ignore[attr-defined]
+    if table.cold(rows):
         began = time.perf_counter()
         table.warm(rows)
         times.add(time.perf_counter() - began, 0.0)

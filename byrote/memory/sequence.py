@@ -48,7 +48,7 @@ class Sequence:
             row, step = (int(i) for i in interrupted.nonzero()[0])
             raise ValueError(
                 f"attention_mask hides tokens inside a document: row {row} goes on at token {step + 1} behind padding. "
-                "Pad at the left or the right of what one forward is given, or start a new document after the padding"
+                "Pad at the left or the right of what one forward gets, or let position_ids begin a document behind it"
             )
         document = torch.maximum(torch.where(starts, steps + past, -1).cummax(dim=1).values, last_document)
         return cls(position_ids, alive, starts, document)

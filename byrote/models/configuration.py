@@ -6,7 +6,7 @@
     memory_heads         hash heads per order;  memory_row_width: values in one row
     memory_pad_token_id  raw id that stands before a document;  memory_seed: of the multipliers
     memory_kernel_size   taps of the short convolution (0: none); its dilation is the highest order
-    memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.ram
+    memory_zero_gate_rule, memory_bias, memory_initializer_range: see byrote.nn.engram and byrote.tables.placements.ram
     memory_codec         how rows are stored, in RAM and in files: "fp32", "bf16", "bf16-stochastic", "fp8", "int8" or
                          "int4"; see byrote.tables.codecs
     address              the AddressSpec that follows from these and the vocabulary map, as a dict; filled in if absent
@@ -18,45 +18,139 @@ Row width times heads times orders is the paper's d_mem (table 5: 1280); the dem
 times heads.
 """
 
-from __future__ import annotations
-
-from typing import Any, NoReturn, Self
+import dataclasses
+import math
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
+from huggingface_hub.dataclasses import type_validator
+from transformers import PreTrainedConfig
 
-from byrote.address import AddressSpec, deepseek_v41, engram
+from byrote.address import CONTRACTS, AddressSpec
+from byrote.address.vocabulary import resize
+from byrote.models.words import OF_GENERATION, ROPE, SETTLED, check_word, is_known, nearest, rope_fields
 from byrote.tables.codecs import CODECS
 
+# Annotations are objects here, and in the files of subclasses, because transformers reads them: no
+# `from __future__ import annotations`.
 
-class MemoryConfig:
-    """A mixin: the config sets the fields, those of memories by `_set_memory(locals())`, and calls the checks and, with
-    memories, `_settle_address`. `presets` are its named shapes.
 
-    No subclass of PreTrainedConfig, which would take the annotations for fields of its own to fill in.
-    """
+class MemoryConfig(PreTrainedConfig):
+    """`presets` are the named shapes of a subclass; `vocabulary`, an argument and no field, sets the addresses."""
 
-    presets: dict[str, dict[str, Any]]
-    vocab_size: int
-    hidden_size: int
-    use_cache: bool
-    num_streams: int
-    stream_connection: str
-    memory_layers: list[int]
-    memory_contract: str
-    memory_table_sizes: list[int]
-    memory_heads: int
-    memory_row_width: int
-    memory_pad_token_id: int
-    memory_seed: int
-    memory_gate: bool = True
-    memory_fusion: str = "streams"
-    memory_codec: str
-    memory_kernel_size: int
-    memory_zero_gate_rule: str
-    memory_bias: bool
-    memory_initializer_range: float
-    initializer_range: float
-    address: dict[str, Any] | None
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    auto_map: ClassVar[dict[str, str]] = {}  # no code beside the weights; TRL reads it of any model that it opens
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 512
+    hidden_size: int = 64
+    num_attention_heads: int = 4
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 8
+    v_head_dim: int = 16
+    intermediate_size: int = 192
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 32
+    shared_expert_intermediate_size: int = 32
+    router_bias_update_rate: float = 0.001
+    balance_loss_alpha: float = 1e-4
+    num_streams: int = 1
+    stream_connection: str = "mhc"
+    memory_layers: list[int] = dataclasses.field(default_factory=list)
+    memory_contract: str = "engram"
+    memory_table_sizes: list[int] = dataclasses.field(default_factory=lambda: [1024, 1024])
+    memory_heads: int = 2
+    memory_row_width: int = 8
+    memory_pad_token_id: int = 2
+    memory_seed: int = 0
+    memory_codec: str = "fp32"
+    memory_kernel_size: int = 4
+    memory_zero_gate_rule: str = "sign"
+    memory_bias: bool = False
+    memory_initializer_range: float = 0.02
+    address: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = 2
+    use_cache: bool = True
+
+    def __post_init__(self, vocabulary: np.ndarray | None = None, **words: Any) -> None:
+        self.memory_layers = list(self.memory_layers or [])
+        self.memory_table_sizes = [1024, 1024] if self.memory_table_sizes is None else list(self.memory_table_sizes)
+        super().__post_init__(**self._read(words))
+        self.check(vocabulary)
+
+    def _read(self, words: dict[str, Any]) -> dict[str, Any]:
+        """Take what is said in the words of others; return what is for transformers to read."""
+        for name in ROPE:
+            for field, value in rope_fields(words.get(name) or {}, self.max_position_embeddings).items():
+                if not hasattr(self, field):
+                    raise ValueError(f"{name}={words[name]!r}: a {type(self).__name__} has no {field}; leave it out")
+                setattr(self, field, value)
+        implied = {"model_type": self.model_type, **self._implied()}
+        for name, value in words.items():
+            check_word(name, value, implied, self.own_fields())
+        return {name: value for name, value in words.items() if is_known(name) and name not in {*ROPE, *SETTLED}}
+
+    def _implied(self) -> dict[str, Any]:
+        """Words of other families, and what follows for them from our fields."""
+        return {"n_shared_experts": self.shared_expert_intermediate_size / max(1, self.moe_intermediate_size)}
+
+    def check(self, vocabulary: np.ndarray | None = None) -> None:
+        """ValueError or TypeError where fields cannot be, or not together; derive the addresses if they are not there.
+
+        A model calls it too, since fields may have been set after the config was made.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.own_fields() and not (field.type is float and type(value) is int):
+                type_validator(field.name, value, field.type)
+        for name in ("router_bias_update_rate", "balance_loss_alpha", "initializer_range", "memory_initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                self._refuse(name, "a finite number, 0 or more")
+        for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "vocab_size"):
+            if not 0 < getattr(self, name) < math.inf:
+                self._refuse(name, "a finite number above 0")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            if any(each < 0 for each in (ids if isinstance(ids, list) else [ids]) if each is not None):
+                self._refuse(name, f"a token id below vocab_size={self.vocab_size}, or None for no such token")
+        self._check()
+        if self.memory_layers:
+            self._settle_address(vocabulary)
+
+    def _check(self) -> None:
+        """ValueError where fields cannot be, or not together."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but what is given beside a file is checked together with what is in it.
+
+        Of the file, a word that is like no field is kept: tools leave notes of their own there.
+        """
+        fields = cls.own_fields()
+        beside = {name: kwargs.pop(name) for name in (*fields, *ROPE, *SETTLED) if name in kwargs}
+        said, common = {**config_dict, **beside}, {each.name for each in dataclasses.fields(cls)}
+        notes = {
+            name: said.pop(name)
+            for name in list(said)
+            if not (name in common or name in OF_GENERATION or is_known(name) or nearest(name, fields, cutoff=0.8))
+        }
+        found = super().from_dict(said, **kwargs)
+        for name, value in notes.items():
+            setattr(found[0] if isinstance(found, tuple) else found, name, value)
+        return found
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """The fields of this config without those that every config of transformers has."""
+        common = {each.name for each in dataclasses.fields(PreTrainedConfig)}
+        return [each.name for each in dataclasses.fields(cls) if each.name not in common]
 
     @classmethod
     def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> Self:
@@ -68,17 +162,7 @@ class MemoryConfig:
             raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
         if vocabulary is not None:
             overrides.setdefault("vocab_size", len(vocabulary))
-        return cls(**{**cls.presets[name], **overrides}, vocabulary=vocabulary)  # type: ignore[call-arg]
-
-    def _set_memory(self, given: dict[str, Any]) -> None:
-        """Take the fields of memories from the arguments of `__init__`."""
-        for field in MemoryConfig.__annotations__:
-            if field.startswith("memory_") and field in given:
-                setattr(self, field, given[field])
-        self.memory_layers = list(given["memory_layers"] or [])
-        self.memory_table_sizes = (
-            [1024, 1024] if given["memory_table_sizes"] is None else [*given["memory_table_sizes"]]
-        )
+        return cls(**{**cls.presets[name], **overrides, "vocabulary": vocabulary})
 
     @property
     def spec(self) -> AddressSpec | None:
@@ -92,21 +176,25 @@ class MemoryConfig:
 
     def _settle_address(self, vocabulary: np.ndarray | None) -> None:
         if self.address is None or vocabulary is not None:
-            vocabulary = np.arange(self.vocab_size) if vocabulary is None else vocabulary
-            if len(vocabulary) != self.vocab_size:
+            vocabulary = np.arange(self.vocab_size) if vocabulary is None else np.asarray(vocabulary)
+            if len(vocabulary) > self.vocab_size:
                 raise ValueError(
-                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: they must be equal"
+                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: it must be as "
+                    "many or more"
                 )
-            self.address = self._make_spec(vocabulary).to_dict()
-        spec = self.spec
-        assert spec is not None
+            spec = self._make_spec(vocabulary)
+            if len(vocabulary) < self.vocab_size:  # an embedding wider than its tokenizer
+                spec = spec.resized(resize(vocabulary, self.vocab_size, spec.most_classes))
+            self.address = spec.to_dict()
+        settled = self.spec
+        assert settled is not None
         claims = {
-            "memory_contract": (self.memory_contract, spec.contract),
-            "memory_layers": (self.memory_layers, [layer.layer_id for layer in spec.layers]),
-            "memory_heads": (self.memory_heads, spec.heads),
-            "memory_table_sizes": (len(self.memory_table_sizes) + 1, spec.max_order),
-            "memory_seed": (self.memory_seed, spec.seed),
-            "vocab_size": (self.vocab_size, spec.vocab_size),
+            "memory_contract": (self.memory_contract, settled.contract),
+            "memory_layers": (self.memory_layers, [layer.layer_id for layer in settled.layers]),
+            "memory_heads": (self.memory_heads, settled.heads),
+            "memory_table_sizes": (len(self.memory_table_sizes) + 1, settled.max_order),
+            "memory_seed": (self.memory_seed, settled.seed),
+            "vocab_size": (self.vocab_size, settled.vocab_size),
         }
         for field, (configured, addressed) in claims.items():
             if configured != addressed:
@@ -116,11 +204,11 @@ class MemoryConfig:
                 )
         # The sizes do not depend on the vocabulary, so any will do.
         expected = [layer.primes for layer in self._make_spec(np.arange(self.vocab_size)).layers]
-        if expected != [layer.primes for layer in spec.layers]:
+        if expected != [layer.primes for layer in settled.layers]:
             raise ValueError(
                 f"memory_table_sizes={self.memory_table_sizes} would give layers of "
                 f"{[sum(map(sum, primes)) for primes in expected]} rows, the address spec has "
-                f"{[layer.rows for layer in spec.layers]}: drop `address` to derive it anew, or give back the sizes"
+                f"{[layer.rows for layer in settled.layers]}: drop `address` to derive it anew, or give back the sizes"
             )
 
     def _make_spec(self, vocabulary: np.ndarray) -> AddressSpec:
@@ -128,11 +216,10 @@ class MemoryConfig:
             "heads": self.memory_heads,
             "layer_ids": self.memory_layers,
             "pad_id": self.memory_pad_token_id,
-            "max_order": len(self.memory_table_sizes) + 1,
+            "table_sizes": self.memory_table_sizes,
+            "seed": self.memory_seed,
         }
-        if self.memory_contract == "engram":
-            return engram(vocabulary, table_sizes=self.memory_table_sizes, seed=self.memory_seed, **common)
-        return deepseek_v41(vocabulary, table_size=self.memory_table_sizes[0], **common)
+        return CONTRACTS[self.memory_contract].build(vocabulary, **common)
 
     def _refuse(self, field: str, remedy: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -149,22 +236,18 @@ class MemoryConfig:
             not 0 <= layer < num_layers for layer in self.memory_layers
         ):
             refuse("memory_layers", f"ascending block numbers in 0..{num_layers - 1}, each once")
-        if self.memory_contract not in ("engram", "deepseek_v41"):
-            refuse("memory_contract", "must be 'engram' or 'deepseek_v41'")
-        if self.memory_contract == "deepseek_v41" and (len(set(self.memory_table_sizes)) > 1 or self.memory_seed):
-            refuse("memory_contract", "DeepSeek-V4.1 has one table size for all orders and seed 0")
+        if self.memory_contract not in CONTRACTS:
+            refuse("memory_contract", f"must be one of {', '.join(map(repr, CONTRACTS))}")
         if not self.memory_table_sizes or min(self.memory_table_sizes) < 1:
             refuse("memory_table_sizes", "one positive number of rows per order, for orders 2, 3, ...")
         for field in ("memory_heads", "memory_row_width"):
             if getattr(self, field) < 1:
                 refuse(field, "must be at least 1")
-        if self.memory_fusion not in ("streams", "single"):
-            refuse("memory_fusion", "must be 'streams' or 'single'")
         if self.memory_codec not in CODECS:
             refuse("memory_codec", f"must be one of {sorted(CODECS)}")
         if self.memory_zero_gate_rule not in ("sign", "copysign"):
             refuse("memory_zero_gate_rule", "must be 'sign' or 'copysign'")
         if not 0 <= self.memory_pad_token_id < self.vocab_size:
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
-        if self.memory_kernel_size < 0 or (not self.memory_gate and self.memory_kernel_size):
-            refuse("memory_kernel_size", "0 or more, and 0 without a gate (the convolution acts on gated values)")
+        if self.memory_kernel_size < 0:
+            refuse("memory_kernel_size", "0 or more taps of the short convolution")

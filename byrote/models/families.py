@@ -1,15 +1,12 @@
-"""The families of models that byrote has: what a preset's name says of a config, a model and how to count it."""
+"""The families of models that byrote has: what a preset's name says of a config and a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from byrote.models.counts import Counts
 from byrote.models.dlcm import DLCMConfig, DLCMForCausalLM
-from byrote.models.dlcm.counts import count as count_dlcm
 from byrote.models.dlcm.presets import PRESETS as DLCM_PRESETS
 from byrote.models.engram import EngramConfig, EngramForCausalLM
-from byrote.models.engram.counts import count as count_engram
 from byrote.models.engram.presets import PRESETS as ENGRAM_PRESETS
 
 Config = EngramConfig | DLCMConfig
@@ -28,10 +25,3 @@ def config_class(preset: str) -> type[EngramConfig] | type[DLCMConfig]:
 def model_class(config: Config) -> Any:
     """The language model that takes this config, and the vocabulary map beside it."""
     return EngramForCausalLM if isinstance(config, EngramConfig) else DLCMForCausalLM
-
-
-def count(config: Config, sequence_length: int = 256) -> Counts:
-    """Count what `config` describes; nothing is allocated."""
-    if isinstance(config, EngramConfig):
-        return count_engram(config, sequence_length)
-    return count_dlcm(config, sequence_length)

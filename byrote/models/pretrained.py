@@ -6,7 +6,10 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,22 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
-from byrote.memory import MemoryStack
-from byrote.memory.stack import POINTER
+from byrote.memory import Memory, MemoryStack
+from byrote.memory.stack import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
-from byrote.tables import RamTable, Table
-from byrote.tables.cache import CachedTable, num_bytes
-from byrote.tables.checksums import write_sums
-from byrote.tables.device import accelerator
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.pinned import check_gpu
+from byrote.models.words import nearest
+from byrote.nn.boundary import BoundaryHead
+from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
+from byrote.nn.router import Router
+from byrote.tables import Table
+from byrote.tables.files.checksums import write_sums
+from byrote.tables.files.headers import check_weights
+from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
-PLACEMENTS = ("host", "pinned", "device", "file", "sharded")
+# What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
+EXACT = (HyperConnection, ManifoldConnection, GatedExit, BoundaryHead)
+MEMORY_BUFFERS = (".generation", ".vocabulary")
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
@@ -38,6 +44,18 @@ class MemoryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *inputs, **kwargs)
+
+    def post_init(self) -> None:
+        # By what this model has, since a name that nothing bears keeps nothing exact.
+        named = self.named_modules()
+        exact = {name.rpartition(".")[2] for name, module in named if isinstance(module, EXACT) and module.state_dict()}
+        routed = any(isinstance(module, Router) for module in self.modules())
+        self._keep_in_fp32_modules_strict = exact | ({"selection_bias"} if routed else set())
+        super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self._std(module))
@@ -69,10 +87,26 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             self.memory_stack.drop_pending()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
+        row moves. Tables are to be in RAM.
+        """
+        size, step = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        size = -(-size // step) * step
+        pad = self.config.memory_pad_token_id
+        if self.memory_stack is not None and size != self.config.vocab_size:
+            if size <= pad:
+                raise ValueError(f"{size} tokens would be without memory_pad_token_id={pad}: keep at least {pad + 1}")
+            self.memory_stack.resize(size)
+            self.config.address = self.memory_stack.spec.to_dict()
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
-        """Backbone, then tables, then the config: a folder with a config is complete.
+        """Backbone, then tables, then the config: a folder with a config is complete, also one that is written over.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
         table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
@@ -84,23 +118,33 @@ class MemoryPreTrainedModel(PreTrainedModel):
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
             return
-        if stack is not None and tables:
-            for layer_id, _ in stack.items():  # they would be taken for this backbone's, were the save to be cut short
-                stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
-        super().save_pretrained(folder, **kwargs)
-        if stack is None or not tables or not kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(folder, **kwargs)  # gives its part, and writes nothing
             return
-        config, aside = folder / "config.json", folder / "config.json.tmp"
-        os.replace(config, aside)
-        stack.save_tables(folder)
-        for layer_id, _ in stack.items() if checksums else ():
-            write_sums(stack.table_path(folder, layer_id))
-        os.replace(aside, config)
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)
+        super().save_pretrained(aside, **kwargs)
+        config = aside / "config.json"
+        if config.exists():  # else an adapter is saved alone
+            (folder / config.name).unlink(missing_ok=True)
+            _remove_weights(folder, kwargs.get("variant"))
+        for file in aside.iterdir():
+            if file != config:
+                os.replace(file, folder / file.name)
+        if config.exists():
+            if stack is not None and tables:
+                for layer_id, _ in stack.items():
+                    stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
+                stack.save_tables(folder)
+                for layer_id, _ in stack.items() if checksums else ():
+                    write_sums(stack.table_path(folder, layer_id))
+            os.replace(config, folder / config.name)
+        aside.rmdir()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        name: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         placement: str = "host",
         cache: int | str | None = None,
@@ -113,65 +157,80 @@ class MemoryPreTrainedModel(PreTrainedModel):
         file-table run to the run's log. "sharded" spreads the rows over the ranks of the process group, which all call
         it. `cache`: bytes of RAM, as 64_000_000 or "64MB", for the rows of tables in files that are read most, shared
         among the tables.
+
+        With None, `config=` and `state_dict=` the weights are those of the state dict, and the tables are new.
         """
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
-        if placement == "device":
-            accelerator()  # before anything is loaded
-        if placement == "pinned":
-            check_gpu()
-        if cache is not None and placement != "file":
-            raise ValueError(f"cache={cache!r} keeps rows of files in RAM: give it with placement='file'")
+        name = pretrained_model_name_or_path
+        if name is None:
+            if placement != "host":
+                raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
+            return super().from_pretrained(None, *args, **kwargs)
+        check_placement(placement, cache)  # before anything is loaded
+        fields = cls.config_class.own_fields()  # type: ignore[union-attr]
+        for word in kwargs:
+            if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
+                raise ValueError(f"{word} is no field of the config: did you mean {near}?")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if os.path.isdir(name):
+            check_weights(_resolve(name, "", kwargs))
+        told = kwargs.pop("output_loading_info", False)
+        model: Any
+        info: Any
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if missing := sorted(key for key in info["missing_keys"] if key.endswith(".vocabulary")):
+            raise ValueError(
+                f"{name}: the weights lack {missing}, the map from token ids to classes; a tool that keeps only names "
+                "it knows leaves it out: take the weights that save_pretrained wrote"
+            )
+        for prefix, module in model.named_modules():
+            if isinstance(module, Memory):
+                module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        model._open_tables(lambda file: _resolve(name, file, hub), placement)
-        if cache is not None and model.memory_stack is not None:
-            memories = [memory for _, memory in model.memory_stack.items()]
-            for memory in memories:
-                memory.table = CachedTable(memory.table, num_bytes(cache) // len(memories))
-        return loaded
+        tables = move(model._opened(lambda file: _resolve(name, file, hub), placement), placement)
+        model._put(tables if cache is None or not tables else cached(tables, cache))
+        return (model, info) if told else model
 
     def load_tables(self, folder: str | os.PathLike[str], placement: str = "host") -> None:
         """Open the tables in `folder`, which `save_pretrained` wrote, in place of the present ones.
 
         `placement`: "host" or "file", as in `from_pretrained`; tables that are sharded, pinned or on a device stay so.
         """
-        stack = self.memory_stack
-        if stack is not None and (stack.sharded or stack.pinned or stack.device is not None):
-            placement = "sharded" if stack.sharded else "pinned" if stack.pinned else "device"
-        self._open_tables(lambda file: Path(folder) / file, placement)
+        present = [] if self.memory_stack is None else [memory.table for _, memory in self.memory_stack.items()]
+        settled = any(table.settled for table in present)
+        tables = self._opened(lambda file: Path(folder) / file, "host" if settled else placement)
+        self._put([before.place(table) for before, table in zip(present, tables, strict=True)])
 
-    def _open_tables(self, find: Callable[[str], Path], placement: str = "host") -> None:
-        stack = self.memory_stack
+    def _opened(self, find: Callable[[str], Path], placement: str) -> list[Table]:
+        """The tables that belong to this backbone."""
+        stack, tables = self.memory_stack, []
         if stack is None:
-            return
-        device, opened = stack.device, []
+            return []
         for layer_id, memory in stack.items():
-            path = find(stack.table_path(Path(), layer_id).name)
-            rows = stack.spec.layer(layer_id).rows
-            table = _open_table(path, placement, rows, self.config.memory_row_width, stack.spec.digest)
-            if int(memory.generation) != table.generation:
-                raise ValueError(
-                    f"{path}: generation {table.generation}, the backbone was saved with "
-                    f"{int(memory.generation)}: take both from one save_pretrained"
+            path, num_rows = find(stack.table_path(Path(), layer_id).name), stack.spec.layer(layer_id).rows
+            width, digest = self.config.memory_row_width, stack.spec.digest
+            table = open_table(path, placement, num_rows=num_rows, width=width, digest=digest)
+            if int(memory.generation) == NO_GENERATION:
+                warnings.warn(
+                    f"{path}: taken on trust, since the backbone was saved without the generation of its table (by "
+                    "another tool?); save both again with save_pretrained",
+                    stacklevel=4,
                 )
-            opened.append((memory, table))
-        for memory, table in opened:  # all or none
-            memory.table = table
-        if placement == "sharded":
-            stack.shard()
-        elif placement == "pinned":
-            stack.pin()
-        elif placement == "device":
-            stack.to_device(device or accelerator())
+            elif difference := memory.difference(table):
+                raise ValueError(f"{path}: {difference}; take both from one save_pretrained")
+            tables.append(table)
+        return tables
+
+    def _put(self, tables: Sequence[Table]) -> None:
+        if self.memory_stack is not None:
+            for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
+                memory.table = table
+                memory.generation.fill_(table.generation)
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -184,14 +243,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
             self.memory_stack.load_row_state(Path(folder))
 
 
-def _open_table(path: Path, placement: str, num_rows: int, width: int, digest: str) -> Table:
-    """The table in `path`, or the one that the pointer beside it names."""
-    pointer = path.with_suffix(POINTER)
-    if pointer.is_file():
-        logged = LoggedTable.open(pointer, num_rows=num_rows, width=width, digest=digest)
-        return logged if placement == "file" else logged.in_memory()
-    opened: type[FileTable] | type[RamTable] = FileTable if placement == "file" else RamTable
-    return opened.open(path, num_rows=num_rows, width=width, digest=digest)
+def _remove_weights(folder: Path, variant: str | None) -> None:
+    """Weights of an earlier save, in one file or in shards, which would be read beside those that come."""
+    variant = f".{re.escape(variant)}" if variant else ""
+    ours = re.compile(rf"model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{variant}\.json")
+    for file in folder.iterdir():
+        if ours.fullmatch(file.name):
+            file.unlink()
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

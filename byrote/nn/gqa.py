@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.nn.eager import Shares, attend_eagerly
 from byrote.nn.rope import rotate
 from byrote.ops.steps import Cache
 
@@ -42,10 +43,18 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        shares: Shares | None = None,
+    ) -> Tensor:
         """Attend. Without a mask: plain causal over x, which then must be all there is; or one token, which sees all.
 
-        `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each.
+        `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each. `shares` takes the
+        weights of the attention, which is then computed by plain products.
         """
         query, key, value = (split_heads(layer(x), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, rotary), rotate(key, rotary)
@@ -57,7 +66,10 @@ class GroupedQueryAttention(nn.Module):
                 "forward without a past, or of a single token, can go without"
             )
         few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
-        out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
+        if shares is not None:
+            out = attend_eagerly(query, key, value, mask, self.head_dim**-0.5, shares)
+        else:
+            out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.nn.eager import Shares, attend_eagerly
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotate
 from byrote.ops.dispatch import matrix, one_loop
@@ -92,10 +93,12 @@ class MLA(nn.Module):
         rotary: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        shares: Shares | None = None,
     ) -> Tensor:
         """Attend. Without a mask: plain causal over x, which then must be all there is; one token sees all there is.
 
         `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
+        `shares` takes the weights of the attention, which is then computed by plain products.
         """
         query, query_rope = self._heads(self.queries(x)).split([self.nope_dim, self.rope_dim], dim=-1)
         query_rope = rotate(query_rope, rotary)
@@ -108,8 +111,11 @@ class MLA(nn.Module):
                 f"mask=None with {latent.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
                 "forward without a past, or of a single token, can go without"
             )
-        attend = self._absorbed if self.absorbs(x.shape[1], cache) else self._expanded
-        out = attend(query, query_rope, latent, rope_key, mask)
+        inputs = query, query_rope, latent, rope_key, mask
+        if shares is None and self.absorbs(x.shape[1], cache):
+            out = self._absorbed(*inputs)
+        else:
+            out = self._expanded(*inputs, shares)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def absorbs(self, tokens: int, cache: Cache | None) -> bool:
@@ -130,13 +136,22 @@ class MLA(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _expanded(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        shares: Shares | None,
     ) -> Tensor:
         key_nope, value = self._heads(self.kv_b_proj(latent.squeeze(1))).split([self.nope_dim, self.value_dim], dim=-1)
         rope_key = rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)
+        query, key = torch.cat((query_nope, query_rope), dim=-1), torch.cat((key_nope, rope_key), dim=-1)
+        if shares is not None:
+            return attend_eagerly(query, key, value, mask, self.softmax_scale, shares)
         return F.scaled_dot_product_attention(
-            torch.cat((query_nope, query_rope), dim=-1),
-            torch.cat((key_nope, rope_key), dim=-1),
+            query,
+            key,
             value,
             attn_mask=mask,
             is_causal=mask is None and query_nope.shape[2] > 1,

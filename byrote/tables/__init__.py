@@ -1,8 +1,8 @@
 """Rows and nothing else: where they live, how they are stored, read, written and updated."""
 
 from byrote.tables.codecs import CODECS, Codec
-from byrote.tables.file import FileTable
-from byrote.tables.ram import RamTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.ram import RamTable
 from byrote.tables.rules import LazyAdam, RowAdagrad, RowRule, SinkhornMomentum
 from byrote.tables.table import Table
 

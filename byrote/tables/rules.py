@@ -24,6 +24,10 @@ Row-wise Adagrad (Duchi et al. 2011, with one sum a row as in FBGEMM and DLRM; 4
 
     v <- v + mean(g^2)              row <- row - lr * g / (sqrt(v) + eps)
 
+Gradient descent, for rows under `torch.optim.SGD`; with mu = 0 there is no state:
+
+    m <- mu m + (1 - dampening) g    (the first time m <- g)       row <- row - lr * m    or    row - lr * (g + mu m)
+
 Momentum with Sinkhorn balancing (DeepSeek-V4.1 report, sections 2.5, 3.1.3 and 4.2.2), over the U touched rows:
 
     M <- b M + (1 - b) G            U <- b M + (1 - b) G                (Nesterov)
@@ -37,65 +41,58 @@ The report balances a whole table; here a row that is not touched stands still, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from byrote.compiled.loops import numba_is_there
-from byrote.tables.table import RowState, StateFields, Table
-from byrote.tables.touched import CPU
+
+RowState = dict[str, Tensor]
+StateFields = Mapping[str, tuple[int, ...]]
+CPU = torch.device("cpu")
 
 
-class RowRule(Protocol):
-    """What an update rule offers. U touched rows of W values, all float32; the inputs stay as they are."""
+class RowRule(ABC):
+    """What an update rule offers. U touched rows of W values, all float32; the inputs stay as they are.
 
+    in_place   there is a compiled form, `update_in_place`
+    alone      a row's step is its own: ranks may each update the rows that they own
+    """
+
+    in_place = False
+    alone = True
+
+    @abstractmethod
     def fields(self, width: int) -> StateFields:
         """Names and per-row shapes of the state that the table keeps beside each touched row."""
-        ...
 
+    @abstractmethod
     def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
         """New values [U, W] and state of U rows from their summed gradient [U, W]."""
-        ...
 
-
-@runtime_checkable
-class InPlaceRule(RowRule, Protocol):
     def update_in_place(
         self, values: Tensor, ids: Tensor, state: RowState, entries: Tensor, gradient: Tensor, rate: float
     ) -> None:
         """Change the rows ids [U] of `values` and the entries [U] of every array of `state`; all on the CPU."""
-        ...
+        raise NotImplementedError
 
+    @property
+    def compiled(self) -> bool:
+        return self.in_place and numba_is_there()
 
-@runtime_checkable
-class InPlaceTable(Protocol):
-    def update(self, rule: InPlaceRule, rows: Tensor, gradient: Tensor, rate: float) -> None: ...
-
-
-def update_rows(table: Table, rule: RowRule, rows: Tensor, gradient: Tensor, rate: float) -> None:
-    """One step of unique rows [U] by their summed gradient [U, W]."""
-    on_cpu = getattr(table, "device", CPU) == CPU  # rows on an accelerator are updated there
-    compiled = isinstance(rule, InPlaceRule) and numba_is_there() and on_cpu
-    if compiled:
-        assert isinstance(rule, InPlaceRule)
-        rows, gradient = rows.cpu(), gradient.cpu().contiguous()
-        if isinstance(table, InPlaceTable):
-            table.update(rule, rows, gradient, rate)
-            return
-    values, state = table.read(rows), table.read_state(rows, rule.fields(table.width))
-    if compiled:
-        assert isinstance(rule, InPlaceRule)
-        places = torch.arange(len(rows))
-        rule.update_in_place(values, places, state, places, gradient, rate)
-    else:
-        values, state = rule.update(values, state, gradient, rate)
-    table.write(rows, values, state)
+    def step(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        """`update` by the loop, which changes values and state."""
+        places = torch.arange(len(values))
+        self.update_in_place(values, places, state, places, gradient, rate)
+        return values, state
 
 
 @dataclass(frozen=True, kw_only=True)
-class LazyAdam:
+class LazyAdam(RowRule):
     """Adam per row, clocked by the row's own touches; no weight decay.
 
     `max_norm` bounds the L2 norm of one row's gradient (None: no bound); it stands in for `max_grad_norm`,
@@ -105,6 +102,7 @@ class LazyAdam:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     max_norm: float | None = None
+    in_place = True
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -133,15 +131,16 @@ class LazyAdam:
         state["touches"].index_copy_(0, entries, touches)
         corrections = _corrections(self.betas, touches)
         arrays = (values, ids, state["exp_avg"], state["exp_avg_sq"], entries, gradient, corrections)
-        _kernels().update_adam(*_addresses(arrays), *gradient.shape, *self.betas, self.eps, rate)
+        _loops().update_adam(*_addresses(arrays), *gradient.shape, *self.betas, self.eps, rate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowAdagrad:
+class RowAdagrad(RowRule):
     """Adagrad with one float32 of state a row; the rate falls as 1 / sqrt(touches). `max_norm` as in LazyAdam."""
 
     eps: float = 1e-8
     max_norm: float | None = None
+    in_place = True
 
     def __post_init__(self) -> None:
         _check_max_norm(self.max_norm)
@@ -159,11 +158,31 @@ class RowAdagrad:
     ) -> None:
         gradient = _clipped(gradient, self.max_norm)
         arrays = values, ids, state["sum_sq"], entries, gradient
-        _kernels().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
+        _loops().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinkhornMomentum:
+class RowSGD(RowRule):
+    """Gradient descent, with momentum per row that waits from one touch to the next; else as `torch.optim.SGD`."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    def fields(self, width: int) -> StateFields:
+        return {"velocity": (width,), "touches": ()} if self.momentum else {}
+
+    def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        if not self.momentum:
+            return torch.add(values, gradient, alpha=-rate), {}
+        share = torch.where(state["touches"] > 0, 1 - self.dampening, 1.0)[:, None]
+        velocity = state["velocity"] * self.momentum + gradient * share
+        step = gradient + velocity * self.momentum if self.nesterov else velocity
+        return torch.add(values, step, alpha=-rate), {"velocity": velocity, "touches": state["touches"] + 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkhornMomentum(RowRule):
     """Momentum whose step has the same length in every touched row, and equal weight in every column.
 
     There is no `max_norm`: how long a gradient is counts only against the row's own earlier gradients.
@@ -174,6 +193,7 @@ class SinkhornMomentum:
     iterations: int = 11
     threshold: float = 1e-3  # tau
     eps: float = 1e-20
+    alone = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
@@ -193,6 +213,23 @@ class SinkhornMomentum:
             step = step / (step.norm(dim=1 - i % 2, keepdim=True) + self.eps)
         length = self.gamma * rate * values.shape[1] ** 0.5
         return torch.add(values, step, alpha=-length), {"momentum": momentum}
+
+
+RULES: dict[str, type[RowRule]] = {"adam": LazyAdam, "adagrad": RowAdagrad, "sinkhorn": SinkhornMomentum}
+
+
+def row_rule(name: str, **settings: Any) -> RowRule:
+    """The rule of that name, with those of the settings that it knows; ValueError where another one is given.
+
+    None stands for a setting that is not given; betas and eps, which an optimizer always has, may go unused.
+    """
+    if name not in RULES:
+        raise ValueError(f"row_rule is {name!r}; it must be one of {', '.join(RULES)}")
+    known = {field.name for field in fields(RULES[name])}  # type: ignore[arg-type]
+    for key in settings.keys() - known - {"betas", "eps"}:
+        if settings[key] is not None:
+            raise ValueError(f"row_{key} has no effect under row_rule={name!r}: drop it")
+    return RULES[name](**{key: value for key, value in settings.items() if key in known and value is not None})
 
 
 def _corrections(betas: tuple[float, float], touches: Tensor) -> Tensor:
@@ -220,7 +257,7 @@ def _addresses(arrays: tuple[Tensor, ...]) -> list[int]:
     return [array.data_ptr() for array in arrays]
 
 
-def _kernels() -> Any:
-    from byrote.tables import rule_kernels
+def _loops() -> Any:
+    from byrote.tables.loops import rules
 
-    return rule_kernels
+    return rules

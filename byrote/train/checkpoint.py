@@ -9,6 +9,7 @@ Written under another name and renamed, so that a folder that is there is whole;
 """
 
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,47 +19,78 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from byrote.train import filetables
+from byrote.tables.placements.open import POINTER
+from byrote.train import file_tables as filetables
 
-PREFIX = "step-"
 FOLDERS = "checkpoints/*"  # also while one is written
 
 
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint. Six digits at least: names of a million steps and more are longer, so that the
+    order of names is not that of steps.
+    """
+    return f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint by its name; None where the name is no checkpoint's."""
+    found = re.fullmatch("step-([0-9]{6,})", folder.name)
+    return int(found[1]) if found and folder.name == name_of(int(found[1])) else None
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    return sorted((run / "checkpoints").glob(f"{PREFIX}[0-9]*"))
+    """The checkpoints of a run folder, by step. What else lies beside them, such as a copy of one, is none of them."""
+    steps = {step_of(path): path for path in (run / "checkpoints").glob("*") if path.is_dir()}
+    return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
 def latest(run: Path) -> Path:
+    """The checkpoint of the last step; ValueError where there is none."""
     found = checkpoints(run)
     if not found:
-        raise ValueError(f"{run} holds no checkpoint; train it first (without --resume)")
+        raise ValueError(f"{run} holds no checkpoint yet: train it with `byrote train`, or go on with --resume")
     return found[-1]
 
 
 def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: dict[str, Any], keep: int) -> Path:
     """Rank 0 writes. With sharded tables all ranks call it, to hand their rows over."""
-    target = run / "checkpoints" / f"{PREFIX}{step:06d}"
-    partial = target.with_name(f".{target.name}.partial")
+    target = run / "checkpoints" / name_of(step)
+    partial = _partial(target)
     if dist.is_initialized() and dist.get_rank() > 0:
         model.save_pretrained(partial)
         model.save_row_state(partial / "row_state")
         return target
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in target.parent.glob(_partial(target.with_name("step-*")).name):
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state") and not filetables.logged_tables(model):
+    if hasattr(model, "save_row_state") and not _points(partial):
         (partial / "row_state").mkdir()
         model.save_row_state(partial / "row_state")
     torch.save(training, partial / "training.pt")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    found = checkpoints(run)
+    for old in found[: found.index(target) + 1][:-keep]:  # whatever lies there, never the one just written
+        remove_checkpoint(old)
     filetables.collect(model, run, FOLDERS)
     return target
+
+
+def _points(checkpoint: Path) -> bool:
+    """Whether its tables are pointers into logs, which hold the row state too."""
+    return any(checkpoint.glob(f"table-*{POINTER}"))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Under another name first: what a stop half-way leaves is no checkpoint, and the next save clears it."""
+    shutil.rmtree(folder.rename(_partial(folder)))
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def sharded(model: Any) -> bool:
@@ -71,7 +103,7 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
     """Give the model, which was loaded from this checkpoint, its row state; return the rest."""
     if not (checkpoint / "training.pt").exists():
         raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
-    if hasattr(model, "load_row_state") and not filetables.logged_tables(model):
+    if hasattr(model, "load_row_state") and not _points(checkpoint):
         model.load_row_state(checkpoint / "row_state")
     return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
 

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byrote.memory import Memory, MemoryStack
-from byrote.tables.sharded import ShardedTable
+from byrote.memory import Memory, MemoryStack, TableWarning
 
 PATIENCE, EVERY, SAMPLE, GROWTH = 100, 10, 256, 100.0
-
-
-class TableWarning(UserWarning):
-    """A table that trains badly, or not at all."""
 
 
 @dataclass
@@ -88,7 +83,7 @@ class Guards:
                 )
             seen.looks = 0
             seen.heads.zero_()
-        if isinstance(table, ShardedTable):  # reading it is for all ranks together
+        if table.sharded:  # reading it is for all ranks together
             return
         rms = float(table.read(rows[:SAMPLE]).square().mean().sqrt())
         seen.first_rms = seen.first_rms or rms

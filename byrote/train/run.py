@@ -21,18 +21,18 @@ from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
 from byrote.data.tokenizer import load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
-from byrote.tables.device import accelerator
-from byrote.tables.pinned import check_gpu
-from byrote.train import filetables
+from byrote.tables.placements.device import accelerator
+from byrote.tables.placements.open import PLACEMENTS
+from byrote.tables.placements.pinned import check_gpu
+from byrote.train import file_tables as filetables
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, align, latest, sharded
-from byrote.train.config import Recipe
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
-from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
+from byrote.train.recipe import Recipe
 from byrote.train.trainer import Result, Trainer
 
 # What may differ between a run and its resumption: nothing that the weights depend on.
@@ -58,10 +58,8 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
         row_rule=settings.row_rule,
-        router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
-        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 
@@ -108,8 +106,8 @@ def make_trainer(
     tokenizer = load_tokenizer(data / "tokenizer")
     config = config_of(recipe, tokenizer)
     if checkpoint:
-        opened = "host" if settings.placement in ("device", "pinned") else settings.placement
-        model = model_class(config).from_pretrained(checkpoint, placement=opened)
+        in_file = PLACEMENTS[settings.placement].in_file
+        model = model_class(config).from_pretrained(checkpoint, placement="file" if in_file else "host")
         align(model)
     else:
         torch.manual_seed(settings.seed)
@@ -118,14 +116,10 @@ def make_trainer(
         if rank() == 0:
             _begin(recipe, run, tokenizer)
         _wait()
-        if settings.placement == "sharded" and model.memory_stack is not None:
-            model.memory_stack.shard()
     device = _device(settings.device)
     model.to(device)
-    if settings.placement == "device" and model.memory_stack is not None:
-        model.memory_stack.to_device(device)
-    if settings.placement == "pinned" and model.memory_stack is not None:
-        model.memory_stack.pin()
+    if getattr(model, "memory_stack", None) is not None:
+        model.memory_stack.move(settings.placement, device)
     world = dist.get_world_size() if dist.is_initialized() else 1
     packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
     validation = Validation(
@@ -146,7 +140,7 @@ def make_trainer(
         if checkpoint:
             filetables.resume(model, run, FOLDERS)
         else:
-            filetables.begin(model, run, optimizer.rule, FOLDERS)
+            filetables.begin(model, run, optimizer, FOLDERS)
     return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
 
 

@@ -19,7 +19,7 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from byrote.train.config import TrainRecipe
+from byrote.train.recipe import TrainRecipe
 
 
 def share(step: int, recipe: TrainRecipe) -> float:

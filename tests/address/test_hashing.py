@@ -20,7 +20,6 @@ SPECS = {
         heads=2,
         layer_ids=[1, 6],
         pad_id=5,
-        max_order=order,
     )
     for order in (2, 3, 4)
 }
@@ -72,7 +71,6 @@ def test_golden_hashes(golden):
             heads=config["n_head_per_ngram"],
             layer_ids=config["layer_ids"],
             pad_id=config["pad_id"],
-            max_order=config["max_ngram_size"],
             seed=config["seed"],
         )
         for (ids,) in both(np.array(case["compressed_ids"])):
@@ -94,11 +92,10 @@ def test_golden_dead_tokens_of_v41(golden, vocabulary):
     config, lookup = case["config"], vocabulary("deepseek-v4")
     spec = deepseek_v41(
         lookup,
-        table_size=config["engram_vocab_size"],
+        table_sizes=[config["engram_vocab_size"]] * (config["engram_max_ngram_size"] - 1),
         heads=config["engram_n_heads"],
         layer_ids=config["engram_layer_ids"],
         pad_id=config["engram_pad_id"],
-        max_order=config["engram_max_ngram_size"],
     )
     for mapping, ids, alive in both(lookup, np.array(case["input_ids"]), np.array(case["token_mask"])):
         for masked, expected in ((alive, case["rows_masked"]), (alive | True, case["rows_unmasked"])):
@@ -278,7 +275,7 @@ def test_compiles_as_one_graph():
 
 def test_compiled_remainders_are_those_of_integers():
     """Over all of int64, for primes of all sizes, at their multiples and at the ends."""
-    kernels = pytest.importorskip("byrote.address.kernels")
+    kernels = pytest.importorskip("byrote.address.loops")
     primes = np.array([[2, 3, 7, 65_537, 2_147_483_647, 4_294_967_311, 2**61 - 1, 2**63 - 25]])
     generator = np.random.default_rng(0)
     edges = [k * p + d for p in primes[0].tolist() for k in (-3, -1, 0, 1, 2**62 // p) for d in (-1, 0, 1)]

@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from byrote.cli.main import app
-from byrote.lab import demo
-from byrote.models.engram.counts import Counts
+from byrote.lab.studies import demo
+from byrote.models.counts import Counts
 
 VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance", "lab", "table"]
 SECOND = [

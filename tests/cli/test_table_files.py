@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from byrote import EngramForCausalLM
-from byrote.cli.table_convert import Codec
+from byrote.cli.table.convert import Codec
 from byrote.tables import RamTable
 from byrote.tables.codecs import CODECS
 from tests.cli.test_commands import ROOT, WORDS, run, settings
@@ -75,10 +75,23 @@ def test_verify(tmp_path):
     output = run("table", "verify", path, code=1)
     assert re.search(r"block 1, bytes 1,048,576 to 1,280,\d+: rows: rows 4,09\d to 4,999", output)
     assert "1 damaged block; copy it again" in output.replace("\n", " ")
+    assert "is there already" in run("table", "verify", path, "--write", code=2).replace("\n", " ")
     content[0] ^= 1
     path.write_bytes(content)
     assert "2 damaged blocks; copy it again" in run("table", "verify", path, code=1).replace("\n", " ")
-    assert "is there already" in run("table", "verify", path, "--write", code=2).replace("\n", " ")
+
+
+def test_no_checksums_of_what_info_refuses(tmp_path):
+    whole = table_file(tmp_path)
+    content = whole.read_bytes()
+    for spoiled in (content[:-5], content[:100], b"", content.replace(b"num_rows", b"nun_rows"), b"{}" * 50):
+        whole.write_bytes(spoiled)
+        assert str(whole) in run("table", "info", whole, code=2)
+        assert str(whole) in run("table", "verify", whole, "--write", code=2)
+        assert not whole.with_name(f"{whole.name}.sums").exists()
+    save_file({"rows": torch.zeros(5000, 64)}, whole)  # as a tool does that drops metadata
+    for arguments in (("info", whole), ("verify", whole, "--write")):
+        assert "no metadata 'byrote'" in run("table", *arguments, code=2)
 
 
 def test_convert_a_file(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 from byrote.address import engram
 from byrote.address.hashing import hash_windows, windows
 from byrote.data.packing import Tokens
-from byrote.lab.cache_curves import cache_curves, save_curves
-from byrote.tables.places import Places
+from byrote.lab.studies.cache_curves import cache_curves, save_curves
+from byrote.tables.placements.cache_slots import Places
 
 VOCABULARY = np.arange(50)
-SPEC = engram(VOCABULARY, table_sizes=[5000, 7000], heads=2, layer_ids=[1], pad_id=0, max_order=3, seed=0)
+SPEC = engram(VOCABULARY, table_sizes=[5000, 7000], heads=2, layer_ids=[1], pad_id=0, seed=0)
 
 
 def text(count=4000, documents=7):

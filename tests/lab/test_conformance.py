@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from byrote.cli.conformance import conformance
-from byrote.lab.conformance_forward import check_forward_file
-from byrote.lab.conformance_hash import check_hash_file
+from byrote.lab.conformance.forward import check_forward_file
+from byrote.lab.conformance.hash import check_hash_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HASH, FORWARD = GOLDEN / "engram_hash_vectors.json", GOLDEN / "engram_forward.safetensors"
@@ -183,7 +183,7 @@ def test_other_names_layers_and_orders(changed_hash):
         data["format"], data["format_version"] = "engram-hash-golden", 1
 
     [_, case] = check_hash_file(changed_hash(change))
-    assert case.passed and case.compared == 3 + 7 + 2
+    assert case.passed and case.compared == 4 + 7 + 2
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from byrote.lab.coordinates import Coordinates, coordinates, plot_coordinates
-from byrote.lab.transfer import Transfer, transfer
+from byrote.lab.studies.mup.coordinates import Coordinates, coordinates, plot_coordinates
+from byrote.lab.studies.mup.transfer import Transfer, transfer
 from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from tests.lab.two_widths import make

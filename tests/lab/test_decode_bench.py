@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from byrote.lab import decode_bench
-from byrote.lab.table_bench import Options
+from byrote.lab.bench import decode as decode_bench
+from byrote.lab.bench.tables import Options
 from byrote.tables import RamTable
-from byrote.tables.file import FileTable
+from byrote.tables.placements.file import FileTable
 
 
 @pytest.fixture

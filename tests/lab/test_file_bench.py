@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from byrote.lab import file_bench, table_bench
-from byrote.lab.ratios import Options
+from byrote.lab.bench import files as file_bench
+from byrote.lab.bench import tables as table_bench
+from byrote.lab.bench.ratios import Options
 from byrote.tables import RamTable
 
 
@@ -44,7 +45,7 @@ def test_too_small_a_disk_is_refused(tmp_path):
 def test_it_runs_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(table_bench, "BENCHMARKS", [])
     monkeypatch.setattr(file_bench, "QUICK_ROWS", 2000)
-    monkeypatch.setattr("byrote.lab.decode_bench.bench_decode", lambda options: iter([]))  # has a test of its own
+    monkeypatch.setattr("byrote.lab.bench.decode.bench_decode", lambda options: iter([]))  # has a test of its own
     rows = list(table_bench.run(Options(quick=True, rounds=1, folder=tmp_path)))
     assert (rows[0].what[-4:], rows[0].against) == ("cold", "np.memmap take")
     assert len(rows) == (4 if file_bench.engramdb_is_there() else 2) and not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from byrote.lab.gates import GateTrace, record, to_html, to_terminal, visible
+from byrote.lab.inspect.gates import GateTrace, record, to_html, to_terminal, visible
 from byrote.nn.engram import Engram
 
 TOKENS = ["<|bos|>", "The", " capital", " of", "\n", "\t", " ", "</script>", " Pa", "ris", ".\n"]

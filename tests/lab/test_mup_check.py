@@ -7,8 +7,8 @@ import pytest
 
 from byrote.data.prepare import Options as DataOptions
 from byrote.data.prepare import prepare
-from byrote.lab import mup_check
-from byrote.lab.mup_check import STAGES, Options, check
+from byrote.lab.studies.mup import check as mup_check
+from byrote.lab.studies.mup.check import STAGES, Options, check
 from tests.cli.test_commands import WORDS, run
 
 

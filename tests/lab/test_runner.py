@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from byrote.cli.main import app
-from byrote.lab.plan import cells, plan, split_values
-from byrote.lab.runner import Stopped, run_cell, run_lab
-from byrote.lab.table import markdown, rows
+from byrote.lab.studies.plan import cells, plan, split_values
+from byrote.lab.studies.report import markdown, rows
+from byrote.lab.studies.runner import Stopped, run_cell, run_lab
 
 NANO = Path(__file__).parents[2] / "recipes/nano.toml"
 WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905

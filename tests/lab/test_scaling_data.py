@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from byrote.lab.scaling_data import read_runs
+from byrote.lab.studies.dlcm_scaling.data import read_runs
 
 RUN = {"N": 2e8, "D": 1e10, "R": 4, "P": 0.5, "loss": 3.0}
 DECAY = {"N": 2e8, "R": 4, "stable_loss": 3.0, "decayed_loss": 2.9}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
 
-from byrote.lab.scaling_data import Decays, Runs
-from byrote.lab.scaling_decay import fit_decay
-from byrote.lab.scaling_fit import NAMES, _Problem, fit_law
-from byrote.lab.scaling_law import Decay
+from byrote.lab.studies.dlcm_scaling.data import Decays, Runs
+from byrote.lab.studies.dlcm_scaling.decay import fit_decay
+from byrote.lab.studies.dlcm_scaling.fit import NAMES, _Problem, fit_law
+from byrote.lab.studies.dlcm_scaling.law import Decay
 from tests.lab.test_scaling_law import LAW, changed
 
 

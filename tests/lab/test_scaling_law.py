@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byrote.lab.scaling_law import MADE_UP as LAW
-from byrote.lab.scaling_law import Decay, Law, cost_of, size_at
+from byrote.lab.studies.dlcm_scaling.law import MADE_UP as LAW
+from byrote.lab.studies.dlcm_scaling.law import Decay, Law, cost_of, size_at
 
 
 def changed(**values: float) -> Law:

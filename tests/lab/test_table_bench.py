@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from byrote.address import engram, hash_rows, windows
 from byrote.cli.main import app
-from byrote.lab import gather_bench, step_bench, table_bench, update_bench
-from byrote.lab.ratios import Options, Row, at_most, compare, interleaved
+from byrote.lab.bench import gather as gather_bench
+from byrote.lab.bench import step as step_bench
+from byrote.lab.bench import tables as table_bench
+from byrote.lab.bench import update as update_bench
+from byrote.lab.bench.ratios import Options, Row, at_most, compare, interleaved
 
 
 def test_candidates_take_turns_and_the_first_round_does_not_count():
@@ -32,7 +35,7 @@ def test_a_ratio_is_of_the_best_rival_in_the_same_round():
 
 
 def test_the_demo_recipe_gives_our_rows():
-    spec = engram(np.arange(500), table_sizes=[50, 90], heads=3, layer_ids=[1], pad_id=2, max_order=3)
+    spec = engram(np.arange(500), table_sizes=[50, 90], heads=3, layer_ids=[1], pad_id=2)
     ids = torch.randint(0, 500, (3, 20), generator=torch.Generator().manual_seed(0))
     seen = windows(ids, torch.zeros_like(ids, dtype=torch.bool), None, 3)
     expected = hash_rows(seen, spec.layers[0], 2).numpy()

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from byrote.memory import MemoryState, Sequence
-from byrote.memory.concepts import NOWHERE, ConceptState
+from byrote.memory.concept_state import NOWHERE, ConceptState
 from byrote.memory.state import Field
 from tests.nn.test_concept import loop
 

@@ -18,10 +18,11 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.memory import Memory, Sequence, prefetch
 from byrote.memory.prefetch import Times
 from byrote.memory.sequence import NO_POSITION
-from byrote.tables import RamTable, preads
-from byrote.tables.cache import CachedTable
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
+from byrote.tables import RamTable
+from byrote.tables.files import reads
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
 
 ROWS, WIDTH = 50, 4
 
@@ -218,7 +219,7 @@ def tables_over(path, folder):
 def test_tables_tell_whether_rows_are_cold(path, tmp_path, monkeypatch):
     tables, rows = tables_over(path, tmp_path), torch.tensor([[7, 8], [9, 7]])
     for resident in (True, False):
-        monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size, r=resident: r or not len(places))
+        monkeypatch.setattr(reads, "resident", lambda fd, places, size, r=resident: r or not len(places))
         for name, table in tables.items():
             assert table.cold(rows) is not resident
             assert (Memory(table).ticket(rows).reading is None) is resident
@@ -230,7 +231,7 @@ def test_tables_tell_whether_rows_are_cold(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 10**6])
 def test_tables_warm_rows_and_change_nothing(path, tmp_path, monkeypatch, most):
-    tables, read, original = tables_over(path, tmp_path), Counter(), preads.read
+    tables, read, original = tables_over(path, tmp_path), Counter(), reads.read
 
     def noted(files, places, out):
         [(file, number)] = files
@@ -239,8 +240,8 @@ def test_tables_warm_rows_and_change_nothing(path, tmp_path, monkeypatch, most):
         if number and out.shape[1] == 4 * WIDTH:
             values.extend(out.view(np.float32)[:, 0].tolist())
 
-    monkeypatch.setattr(preads, "WARM_BYTES", most)
-    monkeypatch.setattr(preads, "read", noted)
+    monkeypatch.setattr(reads, "WARM_BYTES", most)
+    monkeypatch.setattr(reads, "read", noted)
     rows = RamTable.open(path, num_rows=ROWS, width=WIDTH, digest="").rows[:, 0]
     for name, table in tables.items():
         before, values = table.stats(), []
@@ -257,7 +258,7 @@ def test_a_log_is_warmed_while_others_read_and_collect(path, tmp_path, monkeypat
     table = LoggedTable.create(FileTable.open(path), tmp_path / "log", {"moment": ()}, segment_bytes=1)
     table.write(torch.tensor([5]), torch.ones(1, WIDTH))
     table.log.commit(1)
-    original = preads.warm
+    original = reads.warm
 
     def slow(file, places, size):
         def other():
@@ -272,7 +273,7 @@ def test_a_log_is_warmed_while_others_read_and_collect(path, tmp_path, monkeypat
         original(file, places, size)
         opened.append(len(os.listdir("/dev/fd")))
 
-    monkeypatch.setattr(preads, "warm", slow)
+    monkeypatch.setattr(reads, "warm", slow)
     opened = []
     table.log.warm(np.array([5]))
     assert opened == [len(os.listdir("/dev/fd")) + 1]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.models.engram.counts import count
+from byrote.models.counts import count
 from byrote.nn.rope import rotary
 from byrote.nn.router import Router
 from byrote.train.muon import Muon

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.models.engram.counts import count
+from byrote.models.counts import count
 from byrote.models.engram.presets import PRESETS
 
 BILLIONS = {  # total, active, in tables

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.models.engram import EngramModel
 from byrote.tables import RamTable
-from byrote.tables.checksums import verify
-from byrote.tables.file import FileTable
+from byrote.tables.files.checksums import verify
+from byrote.tables.placements.file import FileTable
 from tests.models.conftest import VOCABULARY, logits, make, tables, train
 
 
@@ -179,11 +180,31 @@ def test_damage_is_found_when_the_folder_is_opened(model, ids, tmp_path, spoil, 
     assert torch.equal(logits(model, ids), expected)  # neither table was replaced
 
 
-def test_a_truncated_backbone_is_refused(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    damage("model.safetensors")(tmp_path)
-    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|header"):
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"x" * 100])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_damaged_backbone_is_refused(model, tmp_path, content, shards):
+    model.save_pretrained(tmp_path, max_shard_size="50KB" if shards else "1GB")
+    path = sorted(tmp_path.glob("model*.safetensors"))[-1]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: "):
         EngramForCausalLM.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises((ValueError, OSError), match=path.name):
+        EngramForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_backbone_that_another_tool_saved(model, ids, tmp_path):
+    """Without metadata it opens as before; without the buffers that tie it to its tables it says what is missing."""
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights, path)
+    opened = EngramForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(opened.eval(), ids), logits(model, ids))
+    for part in ("generation", "vocabulary"):
+        save_file({name: value for name, value in weights.items() if not name.endswith(part)}, path)
+        with pytest.raises(ValueError, match=rf"{tmp_path}: the weights lack .*\.{part}"):
+            EngramForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_plain_load_state_dict_is_found_at_the_next_forward(model, ids, tmp_path):

@@ -2,8 +2,6 @@
 
 import torch
 
-from byrote.tables.rules import update_rows
-
 
 def update_alike(tables, rule, steps):
     """Steps of some rows each, with the same gradients for all tables."""
@@ -12,7 +10,7 @@ def update_alike(tables, rule, steps):
         rows = torch.randperm(tables[0].num_rows, generator=generator)[: 60 + number]
         gradient = torch.randn(len(rows), tables[0].width, generator=generator)
         for table in tables:
-            update_rows(table, rule, rows, gradient, 0.1)
+            table.update(rule, rows, gradient, 0.1)
             table.commit()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from byrote.tables.log import RowLog
+from byrote.tables.log.log import RowLog
 
 ROWS, BYTES = 400, 24
 EVERY, SMALL = 3, {"budget": 2000, "segment_bytes": 3000}

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byrote.tables import RamTable
-from byrote.tables.cache import CachedTable, num_bytes
-from byrote.tables.places import Places, PlainPlaces, make_places
+from byrote.tables.placements.cache_slots import Places, PlainPlaces, make_places
+from byrote.tables.placements.cached import CachedTable, num_bytes
 
 DIGEST = "d" * 64
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from byrote.tables import RamTable, checksums
-from byrote.tables.checksums import Damage, sidecar, verify, write_sums
-from byrote.tables.file import FileTable
-from byrote.tables.headers import read_header
+from byrote.tables import RamTable
+from byrote.tables.files import checksums
+from byrote.tables.files.checksums import Damage, sidecar, verify, write_sums
+from byrote.tables.files.headers import read_header
+from byrote.tables.placements.file import FileTable
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,16 @@ BAD_SIDECARS = {
         '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 9, "block_bytes": 5, "blocks": [""]}',
         "1 blocks of 5 bytes are no file of 9",
     ),
+    "too deep": ("[" * 200_000, "is damaged"),
+    "a list": ("[]", "is damaged"),
+    "a size in words": (
+        '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": "9", "block_bytes": 9, "blocks": [""]}',
+        "file_bytes must be int",
+    ),
+    "blocks that are numbers": (
+        '{"format_version": 1, "algorithm": "blake2b-16", "file_bytes": 9, "block_bytes": 9, "blocks": [5]}',
+        "is damaged",
+    ),
     "another version": (
         '{"format_version": 2, "algorithm": "blake2b-16", "file_bytes": 1, "block_bytes": 1, "blocks": [""]}',
         "in version 2, this byrote reads",
@@ -126,6 +137,18 @@ def test_bad_sidecars_are_refused(path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         verify(path)
     assert str(sidecar(path)) in str(error.value)
+
+
+def test_a_sidecar_of_a_larger_file_reads_no_more_than_there_is(path):
+    about = {
+        "format_version": 1,
+        "algorithm": "blake2b-16",
+        "file_bytes": 10**17,
+        "block_bytes": 10**17,
+        "blocks": [""],
+    }
+    sidecar(path).write_text(json.dumps(about))
+    assert [damage.number for damage in verify(path)] == [0]
 
 
 def test_a_sidecar_is_not_written_over(path, tmp_path):

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from byrote.tables import RamTable
-from byrote.tables import convert as module
 from byrote.tables.codecs import CODECS
-from byrote.tables.convert import BOUNDS, convert
-from byrote.tables.file import FileTable
+from byrote.tables.files import convert as module
+from byrote.tables.files.convert import BOUNDS, convert
+from byrote.tables.placements.file import FileTable
 
 ROWS, WIDTH, DIGEST = 300, 40, "d" * 64
 WANTED = {"num_rows": ROWS, "width": WIDTH, "digest": DIGEST}

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum, device, rules
+from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum, rules
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.file import FileTable
-from byrote.tables.rules import update_rows
+from byrote.tables.placements import device
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.open import PLACEMENTS, Placement
 from byrote.train.optimizer import Optimizer
 from tests.tables.alike import assert_same_files, update_alike
 
@@ -35,7 +36,7 @@ def test_a_device_that_is_not_the_cpu_takes_the_plain_rule(monkeypatch):
     table = DeviceTable(10, 4, device="cpu", digest="")
     table.device = torch.device("cpu", 0)  # stands for another device: it is not the one that loops are compiled for
     monkeypatch.setattr(LazyAdam, "update_in_place", lambda *args: pytest.fail("a compiled rule ran"))
-    update_rows(table, LazyAdam(), torch.tensor([1]), torch.ones(1, 4), 0.1)
+    table.update(LazyAdam(), torch.tensor([1]), torch.ones(1, 4), 0.1)
     assert table.stats()["rows_touched"] == 1
 
 
@@ -57,8 +58,9 @@ def train(model: EngramForCausalLM, steps: int, where: str = "cpu") -> EngramFor
 
 def test_a_model_trains_as_in_ram(tmp_path):
     host, moved = tiny(), tiny()
-    moved.memory_stack.to_device("cpu")
-    assert moved.memory_stack.device == torch.device("cpu") and host.memory_stack.device is None
+    moved.memory_stack.move("device", "cpu")
+    tables = [model.memory_stack.items()[0][1].table for model in (moved, host)]
+    assert [type(table) for table in tables] == [DeviceTable, RamTable] and tables[0].device == torch.device("cpu")
     for name, model in (("host", host), ("moved", moved)):
         train(model, 3).save_pretrained(tmp_path / name)
         model.save_row_state(tmp_path / name)
@@ -74,7 +76,8 @@ def test_an_accelerator_is_needed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"torch sees none here: use placement='host'"):
         EngramForCausalLM.from_pretrained(tmp_path / "model", placement="device")
     monkeypatch.undo()
-    monkeypatch.setattr("byrote.models.pretrained.accelerator", lambda: torch.device("cpu"))
+    on_cpu = Placement(lambda tables, _: [DeviceTable.of(table, "cpu") for table in tables])
+    monkeypatch.setitem(PLACEMENTS, "device", on_cpu)
     table = EngramForCausalLM.from_pretrained(tmp_path / "model", placement="device").memory_stack.items()[0][1].table
     assert isinstance(table, DeviceTable) and table.device == torch.device("cpu")
 
@@ -84,8 +87,8 @@ def test_only_tables_in_ram_move(tmp_path):
     model.save_pretrained(tmp_path)
     opened = EngramForCausalLM.from_pretrained(tmp_path, placement="file")
     assert isinstance(opened.memory_stack.items()[0][1].table, FileTable)
-    with pytest.raises(ValueError, match="table 1 is a FileTable; only tables in RAM"):
-        opened.memory_stack.to_device("cpu")
+    with pytest.raises(ValueError, match="a FileTable cannot be moved: only tables in RAM"):
+        opened.memory_stack.move("device", "cpu")
 
 
 class TestOnAGpu:
@@ -104,7 +107,7 @@ class TestOnAGpu:
 
     def test_a_model_trains(self):
         host, moved = tiny(), tiny().cuda()
-        moved.memory_stack.to_device(device.accelerator())
+        moved.memory_stack.move("device", device.accelerator())
         rows = torch.arange(host.memory_stack.items()[0][1].table.num_rows)
         values = [train(m, 3, "cuda").memory_stack.items()[0][1].table.read(rows) for m in (host, moved)]
         torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-4)

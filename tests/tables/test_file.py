@@ -2,17 +2,19 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from byrote.tables import RamTable, Table, preads
-from byrote.tables.cache import CachedTable
+from byrote.tables import RamTable, Table
 from byrote.tables.codecs import CODECS
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.released import released_tables
+from byrote.tables.files import reads
+from byrote.tables.files.released import released_tables
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
 
 ROWS, DIGEST = 500, "d" * 64
 
@@ -20,9 +22,9 @@ ROWS, DIGEST = 500, "d" * 64
 @pytest.fixture(params=["positioned", "mapped", "plain"])
 def way(request, monkeypatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr("byrote.tables.preads.numba_is_there", lambda: False)
-        monkeypatch.setattr("byrote.tables.gather.numba_is_there", lambda: False)
-    monkeypatch.setattr(preads, "resident", lambda *_: request.param == "mapped")
+        monkeypatch.setattr("byrote.tables.files.reads.numba_is_there", lambda: False)
+        monkeypatch.setattr("byrote.tables.records.numba_is_there", lambda: False)
+    monkeypatch.setattr(reads, "resident", lambda *_: request.param == "mapped")
     return request.param
 
 
@@ -91,6 +93,37 @@ def test_a_log_over_a_file_leaves_the_file(tmp_path):
     assert torch.equal(opened.read(torch.arange(ROWS)), opened.in_memory().read(torch.arange(ROWS)))
     assert torch.equal(opened.read(torch.tensor([9])), torch.full((1, 4), 0.25))
     assert (tmp_path / "t").read_bytes() == before
+
+
+BAD_JSON = {
+    "cut": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "too deep": lambda text: "[" * 200_000,
+    "no UTF-8": lambda text: text.encode("utf-16"),
+    "a key twice": lambda text: text.replace("{", '{"format_version": 1, ', 1),
+    "numbers in words": lambda text: re.sub(r": (\d+)([,}])", r': "\1"\2', text).replace(
+        'version": "1"', 'version": 1'
+    ),
+    "negative numbers": lambda text: re.sub(r": (\d+)([,}])", r": -\1\2", text).replace('version": -1', 'version": 1'),
+    "fields that are gone": lambda text: '{"format_version": 1}',
+}
+
+
+@pytest.mark.parametrize("name", ["pointer", "log/log.json", "log/manifest-000000001.json"])
+@pytest.mark.parametrize("spoil", BAD_JSON.values(), ids=BAD_JSON)
+def test_damage_around_a_log_is_named(tmp_path, spoil, name):
+    RamTable(ROWS, 4, digest=DIGEST).save(tmp_path / "t")
+    table = LoggedTable.create(FileTable.open(tmp_path / "t"), tmp_path / "log", {"moment": (4,)}, "../t")
+    table.write(torch.tensor([9]), torch.ones(1, 4))
+    table.commit()
+    table.checkpoint(tmp_path / "pointer")
+    table.log.unlock()
+    spoiled = spoil((tmp_path / name).read_text())
+    (tmp_path / name).write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
+    with pytest.raises(ValueError, match=r"is damaged") as error:
+        LoggedTable.open(tmp_path / "pointer", num_rows=ROWS, width=4, digest=DIGEST)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_cache_over_a_file(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import gather
+from byrote.tables import records as gather
 from byrote.tables.codecs import CODECS
 
 counts = st.integers(0, 100)  # on both sides of how far ahead the loops look
@@ -77,13 +77,13 @@ def test_every_byte_of_every_codec():
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(1, 70), sizes=st.lists(st.integers(1, 60), max_size=60), seed=seeds)
-def test_sum_rows(width, sizes, seed):
+def test_sum_runs(width, sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(50, width, generator=generator)
     values[::7, 1:], values[::3] = 0.0, -0.0
     values[::11, -1] = float("nan")
     order, ends = ids_of(50, sum(sizes), seed), torch.tensor(sizes, dtype=torch.int64).cumsum(0)
-    fast, plain = gather.sum_rows(values, order, ends), gather.sum_rows_twin(values, order, ends)
+    fast, plain = gather.sum_runs(values, order, ends), gather.sum_runs_twin(values, order, ends)
     torch.testing.assert_close(fast[0], plain[0], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(fast[0].signbit() & (fast[0] == 0), plain[0].signbit() & (plain[0] == 0))
     assert torch.equal(fast[1], plain[1]) and fast[1].tolist() == [bool(row.any()) for row in fast[0]]

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import disk, manifests, preads
-from byrote.tables.log import RowLog
+from byrote.tables.files import reads
+from byrote.tables.log import disk, manifests
+from byrote.tables.log.log import RowLog
 from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run
 
 WRITER = Path(__file__).with_name("log_writer.py")
@@ -105,7 +106,7 @@ def test_memory_follows_the_rows_and_not_the_table(tmp_path):
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_cold_and_warm_records_are_the_same_bytes(tmp_path, monkeypatch, resident):
-    monkeypatch.setattr(preads, "resident", lambda *_: resident)
+    monkeypatch.setattr(reads, "resident", lambda *_: resident)
     log = create(tmp_path, budget=500)
     run(log, 21)
     assert content(log) == state_after(21) and len(log._segments.reads.files) > 2

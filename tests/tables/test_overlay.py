@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import RamTable
-from byrote.tables.cache import CachedTable
 from byrote.tables.codecs import CODECS
-from byrote.tables.file import FileTable
-from byrote.tables.overlay import OverlayTable
-from byrote.tables.sparse import SparseRows
+from byrote.tables.placements.cached import CachedTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.overlay import OverlayTable
+from byrote.tables.placements.sparse import SparseRows
 from byrote.train.optimizer import Optimizer
 
 ROWS, WIDTH, DIGEST = 60, 4, "d" * 64
@@ -123,7 +123,7 @@ BAD_FILES = {
     "another digest": (lambda path: rewrite(path, digest="e" * 64), "digest is e+, the table below has d+"),
     "more rows": (lambda path: rewrite(path, num_rows=ROWS + 1), "num_rows is 61, the table below has 60"),
     "wider": (lambda path: rewrite(path, width=WIDTH + 1), "width is 5"),
-    "a whole table": (lambda path: base().save(path), "no tensor .'values'."),
+    "a whole table": (lambda path: base().save(path), "no tensor 'values'"),
     "twice the same row": (lambda path: rewrite(path, rows=torch.tensor([3, 17, 17])), "entries 1 and 2 are 17 and 17"),
     "not ascending": (lambda path: rewrite(path, rows=torch.tensor([17, 3, 40])), "entries 0 and 1 are 17 and 3"),
     "negative": (lambda path: rewrite(path, rows=torch.tensor([-1, 3, 40])), "row ids -1..40 leave the table"),

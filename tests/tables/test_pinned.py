@@ -11,13 +11,17 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.memory import prefetch
 from byrote.tables import LazyAdam, RamTable
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.pinned import PinnedTable
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.pinned import PinnedTable
 from byrote.train.optimizer import Optimizer
 from tests.tables.alike import assert_same_files, update_alike
 
 GPU = torch.cuda.is_available()
 ABOUT = {"digest": "", "std": 1.0, "seed": 3}
+
+
+def all_pinned(model):
+    return all(isinstance(memory.table, PinnedTable) for _, memory in model.memory_stack.items())
 
 
 class Runtime:
@@ -79,9 +83,9 @@ def test_a_model_keeps_its_tables_pinned(runtime, tmp_path):
     model = EngramForCausalLM(EngramConfig.from_preset("nano")).eval()
     model.save_pretrained(tmp_path)
     pinned = EngramForCausalLM.from_pretrained(tmp_path, placement="pinned")
-    assert pinned.memory_stack.pinned and not model.memory_stack.pinned
+    assert all_pinned(pinned) and not all_pinned(model)
     pinned.load_tables(tmp_path)
-    assert pinned.memory_stack.pinned and len(runtime.locked) == len(pinned.memory_stack.items())
+    assert all_pinned(pinned) and len(runtime.locked) == len(pinned.memory_stack.items())
     ids = torch.randint(3, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(input_ids=ids).logits, pinned(input_ids=ids).logits)
 
@@ -144,7 +148,7 @@ def test_a_gpu_reads_the_rows(codec):
     if GPU:
         assert torch.equal(PinnedTable.of(host).read(rows.cuda()).cpu(), host.read(rows))
         return
-    from byrote.tables.triton_gather import decode
+    from byrote.tables.loops.triton import decode
 
     values = decode(host.rows.view(torch.uint8), rows.flatten(), CODECS[codec], 40)
     assert torch.equal(values.view(3, 100, 40), host.read(rows))
@@ -158,7 +162,7 @@ def test_a_model_on_a_gpu_trains_as_with_tables_in_ram():
         torch.manual_seed(0)
         model = EngramForCausalLM(EngramConfig.from_preset("nano", memory_initializer_range=1.0)).cuda().train()
         if pinned:
-            model.memory_stack.pin()
+            model.memory_stack.move("pinned")
         optimizer = Optimizer(model, lr=1e-3)
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):

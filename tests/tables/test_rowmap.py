@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables.rowmap import RowMap
+from byrote.tables.row_map import RowMap
 
 KEYS = st.one_of(st.integers(0, 30), st.integers(0, 2**63 - 1), st.integers(0, 40).map(lambda k: k << 40))
 PUTS = st.lists(st.lists(st.tuples(KEYS, st.integers(0, 2**63 - 1)), max_size=60), max_size=8)

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from byrote.tables import preads, rowsfile
-from byrote.tables.headers import INDEX, find_tensor, read_header
-from byrote.tables.rowsfile import RowsFile
+from byrote.tables.files import reads
+from byrote.tables.files import rows as rowsfile
+from byrote.tables.files.headers import INDEX, find_tensor, read_header
+from byrote.tables.files.rows import RowsFile
 
 DTYPES = {
     "F32": torch.float32,
@@ -44,8 +45,8 @@ def as_bytes(values: torch.Tensor) -> torch.Tensor:
 def way(request, monkeypatch) -> str:
     """Each way to read, whatever is in memory."""
     if request.param == "plain":
-        monkeypatch.setattr(preads, "numba_is_there", lambda: False)
-    monkeypatch.setattr(preads, "resident", lambda *_: request.param == "mapped")
+        monkeypatch.setattr(reads, "numba_is_there", lambda: False)
+    monkeypatch.setattr(reads, "resident", lambda *_: request.param == "mapped")
     return request.param
 
 
@@ -101,10 +102,10 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
     ids = np.unique((np.array(picks) * rows).astype(np.int64))
     outs = [np.empty((len(ids), width), np.uint8) for _ in range(2)]
     with open(path, "rb") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preads, "RUN_BYTES", most)
-        patch.setattr(preads, "LEAST", 1)
-        preads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
-        preads.read_twin(file.fileno(), 13 + ids * width, outs[1])
+        patch.setattr(reads, "RUN_BYTES", most)
+        patch.setattr(reads, "LEAST", 1)
+        reads.read([(file.fileno(), len(ids))], 13 + ids * width, outs[0], threads)
+        reads.read_twin(file.fileno(), 13 + ids * width, outs[1])
     expected = content[13:].reshape(rows, width)[ids]
     assert (outs[0] == expected).all() and (outs[1] == expected).all()
 
@@ -113,19 +114,19 @@ def test_compiled_reads_equal_plain_ones(tmp_path_factory, rows, width, picks, t
 def test_resident_tells_what_is_in_memory(tmp_path, monkeypatch, compiled):
     if not hasattr(os, "RWF_NOWAIT"):
         pytest.skip("needs preadv2")
-    monkeypatch.setattr(preads, "numba_is_there", lambda: compiled)
+    monkeypatch.setattr(reads, "numba_is_there", lambda: compiled)
     path = tmp_path / "file"
     path.write_bytes(b"x" * (1 << 20))
     places = np.arange(0, 10**6, 50_000)
     with open(path, "rb") as file:
         file.read()
-        if not preads.resident(file.fileno(), places, 1000):
+        if not reads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system that always waits")
-        assert not preads.resident(file.fileno(), np.array([10_000, 5_000_000]), 1000)  # beyond the end
+        assert not reads.resident(file.fileno(), np.array([10_000, 5_000_000]), 1000)  # beyond the end
         os.fsync(os.open(path, os.O_RDWR))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if preads.resident(file.fileno(), places, 1000):
+        if reads.resident(file.fileno(), places, 1000):
             pytest.skip("a file system in memory")
 
 
@@ -173,7 +174,7 @@ def test_a_short_read_is_an_error(tmp_path, monkeypatch, compiled):
     file = RowsFile.open(path, "rows")
     cut(path, 4096)
     monkeypatch.setattr(rowsfile._Part, "_check_size", lambda self: None)
-    monkeypatch.setattr(preads, "numba_is_there", lambda: compiled)
+    monkeypatch.setattr(reads, "numba_is_there", lambda: compiled)
     with pytest.raises(ValueError, match="ends at byte 4096"):
         file.read(torch.arange(5000))
 
@@ -198,9 +199,58 @@ BAD_FILES = {
         header(b'{"rows": {"dtype": "F3", "shape": [4], "data_offsets": [0, 4]}}', 4),
         "header is damaged",
     ),
+    "a number": (header(b"17"), "header is damaged .*no object but 17"),
+    "null": (header(b"null"), "header is damaged"),
+    "of no length": (header(b""), "header is damaged"),
+    "too deep": (header(b'{"rows": ' + b"[" * 200_000), "header is damaged"),
+    "UTF-16": (header('{"rows": 1}'.encode("utf-16")), "header is damaged .*utf-8"),
+    "no UTF-8": (header(b'{"\xff": 1}'), "header is damaged .*utf-8"),
+    "metadata that is no object": (header(b'{"__metadata__": [1]}'), "__metadata__ must hold strings"),
+    "metadata that is no string": (header(b'{"__metadata__": {"a": 1}}'), "__metadata__ must hold strings"),
+    "a tensor twice": (header(b'{"rows": {}, "rows": {}}'), "'rows' is there twice"),
+    "a tensor that is no object": (header(b'{"rows": null}'), "header is damaged"),
+    "a dtype that is a list": (
+        header(b'{"rows": {"dtype": ["U8"], "shape": [4], "data_offsets": [0, 4]}}', 4),
+        "header is damaged",
+    ),
+    "a size in quotes": (
+        header(b'{"rows": {"dtype": "U8", "shape": ["4"], "data_offsets": [0, 4]}}', 4),
+        "must be integers",
+    ),
+    "a size of 1.5": (header(b'{"rows": {"dtype": "U8", "shape": [1.5], "data_offsets": [0, 1]}}', 1), "integers"),
+    "three offsets": (
+        header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]}}', 4),
+        "header is damaged",
+    ),
+    "a hole": (header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}', 8), "leaves a hole"),
+    "tensors that overlap": (
+        header(
+            b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},'
+            b' "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}',
+            6,
+        ),
+        "tensor b overlaps",
+    ),
+    "beyond the file": (header(b'{"rows": {"dtype": "U8", "shape": [99], "data_offsets": [0, 99]}}', 4), "truncated"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "too long": (header(b'{"rows": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', 7), "longer than"),
     "an endless header": (b"\xff" * 64, "not a safetensors file"),
 }
+
+
+def test_metadata_may_be_null_and_a_header_padded(tmp_path):
+    text = b'{"__metadata__": null, "rows": {"dtype": "U8", "shape": [4, 1], "data_offsets": [0, 4]}}  '
+    (tmp_path / "f").write_bytes(header(text, 4))
+    assert read_header(tmp_path / "f")[1] == {}
+    assert RowsFile.open(tmp_path / "f", "rows").num_rows == 4
+
+
+@pytest.mark.parametrize("shard", ["../model-1.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", 3, None])
+def test_an_index_leads_nowhere_else(tmp_path, shard):
+    sharded(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(ValueError, match=f"{INDEX}: x is said to lie in"):
+        RowsFile.open(tmp_path, "x")
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
@@ -257,7 +307,7 @@ SPARSE = """
 import json, sys
 from pathlib import Path
 import torch
-from byrote.tables.rowsfile import RowsFile
+from byrote.tables.files.rows import RowsFile
 
 def kilobytes(*names):
     lines = Path("/proc/self/status").read_text().splitlines()

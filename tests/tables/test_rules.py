@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum
-from byrote.tables.rules import update_rows
+from byrote.tables import LazyAdam, RamTable, RowAdagrad, SinkhornMomentum, Table
+from byrote.tables.rules import CPU
 
 ROWS, WIDTH = 5, 3
 touches = st.lists(st.sets(st.integers(0, ROWS - 1)), min_size=1, max_size=12)
@@ -20,7 +20,9 @@ def step(table, rule, rows, gradient, rate):
 
 
 class Plain:
-    """A table that offers only what the protocol asks for."""
+    """A table with no update of its own."""
+
+    device, update = CPU, Table.update
 
     def __init__(self, table):
         self.width, self.read, self.read_state, self.write = table.width, table.read, table.read_state, table.write
@@ -197,7 +199,7 @@ def test_sinkhorn_refuses(field, value):
     [LazyAdam(), LazyAdam(max_norm=0.5, betas=(0.0, 0.5)), RowAdagrad(), RowAdagrad(max_norm=0.5), SinkhornMomentum()],
 )
 @pytest.mark.parametrize("width", [1, 16, 37])
-def test_update_rows_is_the_rule(rule, codec, width):
+def test_update_is_the_rule(rule, codec, width):
     """Within rounding of the plain rule, and to the bit the same in place and through `read` and `write`."""
     tables = [RamTable(300, width, digest="", std=1.0, codec=codec) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
@@ -205,8 +207,8 @@ def test_update_rows_is_the_rule(rule, codec, width):
         rows = torch.randperm(300, generator=generator)[: 60 + number]
         gradient = torch.randn(len(rows), width, generator=generator)
         before = gradient.clone()
-        update_rows(tables[0], rule, rows, gradient, 0.1)
-        update_rows(Plain(tables[1]), rule, rows, gradient, 0.1)
+        tables[0].update(rule, rows, gradient, 0.1)
+        Plain(tables[1]).update(rule, rows, gradient, 0.1)
         assert torch.equal(gradient, before)
         if codec == "fp32":
             step(tables[2], rule, rows, gradient, 0.1)
@@ -224,8 +226,8 @@ def test_an_update_in_place_is_checked():
     table = RamTable(ROWS, WIDTH, digest="")
     for rows, width in ((torch.tensor([ROWS]), WIDTH), (torch.tensor([0]), WIDTH + 1), (torch.tensor([0, 1]), WIDTH)):
         with pytest.raises(ValueError, match=r"row ids|gradient must be"):
-            update_rows(table, LazyAdam(), rows, torch.ones(1, width), 0.1)
-    update_rows(table, LazyAdam(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
+            table.update(LazyAdam(), rows, torch.ones(1, width), 0.1)
+    table.update(LazyAdam(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
     with pytest.raises(ValueError, match="the table keeps rule state"):
-        update_rows(table, RowAdagrad(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
+        table.update(RowAdagrad(), torch.tensor([0]), torch.ones(1, WIDTH), 0.1)
     assert table.stats()["rows_touched"] == 1

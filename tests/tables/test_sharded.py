@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.tables import CODECS, RamTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.sharded import ShardedTable
+from byrote.tables.placements.ranks import Ranks
+from byrote.tables.placements.sharded import ShardedTable
 from byrote.train.optimizer import Optimizer
 
 ROWS, WIDTH, DIGEST, STEPS = 101, 5, "d" * 64, 3  # 101 rows: no number of ranks divides them
@@ -133,7 +133,7 @@ def job_train(rank: int, world: int, folder: Path):
     for name in ("replicated", "sharded", "checkpointing"):
         model = make_model()
         if name != "replicated":
-            model.memory_stack.shard()
+            model.memory_stack.move("sharded")
         touched = train(model, range(STEPS), rank, world, name == "checkpointing")
         results[name] = {"state": state_of(model), "touched": touched}
         if name == "sharded":
@@ -155,7 +155,7 @@ def job_refusals(rank: int, world: int, folder: Path):
     bad = torch.tensor([1, ROWS if rank == 0 else 2])
     found = {"rows": message(lambda: table.read(bad))}
     model = make_model()
-    model.memory_stack.shard()
+    model.memory_stack.move("sharded")
     optimizer = Optimizer(model)
     ids, labels = batch(0)
     before = state_of(model)

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,15 @@ from safetensors.torch import save_file
 from byrote.memory import Memory
 from byrote.tables import LazyAdam, RamTable, Table
 from byrote.tables.codecs import CODECS
-from byrote.tables.device import DeviceTable
-from byrote.tables.file import FileTable
-from byrote.tables.logged import LoggedTable
-from byrote.tables.overlay import OverlayTable
-from byrote.tables.pinned import PinnedTable
-from byrote.tables.ranks import Ranks
-from byrote.tables.saved import header_of
-from byrote.tables.sharded import ShardedTable
-from byrote.tables.sparse import SparseRows
-from byrote.tables.stream import stream
+from byrote.tables.files.format import header_of, stream
+from byrote.tables.placements.device import DeviceTable
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
+from byrote.tables.placements.overlay import OverlayTable
+from byrote.tables.placements.pinned import PinnedTable
+from byrote.tables.placements.ranks import Ranks
+from byrote.tables.placements.sharded import ShardedTable
+from byrote.tables.placements.sparse import SparseRows
 
 ROWS, WIDTH, DIGEST = 40, 3, "d" * 64
 FIELDS = {"moment": (WIDTH,), "touches": ()}
@@ -77,7 +77,7 @@ KINDS |= {
 def nothing_to_lock(monkeypatch):
     """Without a GPU a pinned table is one in RAM."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr("byrote.tables.pinned.check_gpu", lambda: None)
+        monkeypatch.setattr("byrote.tables.placements.pinned.check_gpu", lambda: None)
         monkeypatch.setattr(PinnedTable, "_lock", lambda table: None)
 
 
@@ -380,9 +380,76 @@ def test_the_order_of_training_does_not_show_in_the_state_file(kind, tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
-def test_deepcopy_shares(table):
-    assert copy.deepcopy(table) is table
-    assert copy.deepcopy({"tables": [table]})["tables"][0] is table
+@pytest.mark.parametrize("with_state_before", [True, False])
+def test_a_copy_and_its_original_go_their_own_ways(kind, table, tmp_path, with_state_before):
+    """Against two tables that never knew of each other: values, rule state, files; the copy of a copy too."""
+    tables = [table, *(kind.make(ROWS, WIDTH, digest=DIGEST, seed=3) for _ in range(3))]
+    first, others = tables[0], tables[1:]
+    for each in tables if with_state_before else ():
+        take_step(each, [7, 2, 30], 0)
+    second = copy.deepcopy({"tables": [first]})["tables"][0]
+    assert second is not first and second.generation == first.generation
+    take_step(first, [2, 3], 1)
+    take_step(others[0], [2, 3], 1)
+    take_step(second, [3, 4, 30], 2)
+    take_step(others[1], [3, 4, 30], 2)
+    third = copy.deepcopy(second)
+    take_step(first, [4, 5], 3)
+    take_step(others[0], [4, 5], 3)
+    take_step(second, [7, 8], 4)
+    take_step(others[1], [7, 8], 4)
+    take_step(others[2], [3, 4, 30], 2)
+    for mine, twin in zip((first, second, third), others, strict=True):
+        assert mine.generation == twin.generation and torch.equal(every_row(mine), every_row(twin))
+        states = mine.read_state(torch.arange(ROWS), FIELDS), twin.read_state(torch.arange(ROWS), FIELDS)
+        assert all(torch.equal(states[0][name], states[1][name]) for name in FIELDS)
+        for each, name in ((mine, "mine"), (twin, "twin")):
+            each.save(tmp_path / name)
+            each.save_state(tmp_path / f"{name}-state")
+        assert torch.equal(every_row(kind.open(tmp_path / "mine", **WANTED)), every_row(twin))
+        assert (tmp_path / "mine-state").read_bytes() == (tmp_path / "twin-state").read_bytes()
+
+
+class Momentum:
+    """A row rule that keeps FIELDS."""
+
+    def fields(self, width: int) -> dict[str, tuple[int, ...]]:
+        return FIELDS
+
+    def update(self, values, state, gradient, rate):
+        moment = state["moment"] * 0.5 + gradient
+        return values - rate * moment, {"moment": moment, "touches": state["touches"] + 1}
+
+
+def take_step(table: Table, ids: list[int], seed: int) -> None:
+    rows = torch.tensor(ids)
+    gradient = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(seed))
+    if isinstance(table, ShardedTable):
+        rows, table = table.ranks.local(rows), table.part
+    table.update(Momentum(), rows, gradient, 0.1)
+    table.commit()
+
+
+def test_a_copy_keeps_what_load_state_takes_from_its_original(table, tmp_path):
+    table.save_state(tmp_path / "none")
+    table.write(torch.tensor([7, 2]), torch.randn(2, WIDTH), random_state(2))
+    second = copy.deepcopy(table)
+    table.load_state(tmp_path / "none")
+    kept = second.read_state(torch.tensor([2, 7, 3]), FIELDS)
+    assert torch.equal(kept["touches"], torch.cat([random_state(2)["touches"].flip(0), torch.zeros(1)]))
+    second.load_state(tmp_path / "none")
+    assert not any(value.any() for value in second.read_state(torch.arange(ROWS), FIELDS).values())
+
+
+def test_a_copy_costs_the_rows_that_change():
+    table = RamTable(10**6, 8, digest=DIGEST)
+    second = copy.deepcopy(table)
+    table.write(torch.arange(100), torch.zeros(100, 8))
+    assert second.stats()["overlay_rows"] == 100
+    seen = weakref.ref(second)
+    del second
+    assert seen() is None
+    table.write(torch.arange(100), torch.ones(100, 8))  # nobody has to see it any more
 
 
 def test_pickling_is_refused(table):
@@ -393,13 +460,13 @@ def test_pickling_is_refused(table):
 def test_a_module_does_not_own_its_table(kind, table):
     memory = Memory(table)
     before = every_row(table)
-    assert set(memory.state_dict()) == {"anchor", "generation"}
+    assert set(memory.state_dict()) == {"anchor", "generation", "identity"}
     assert [name for name, _ in memory.named_parameters()] == ["anchor"]
     for move in (memory.half, memory.double, lambda: memory.to(torch.bfloat16)):
         move()
         assert memory.generation.dtype == torch.int64
         assert torch.equal(every_row(table), before)
-    assert copy.deepcopy(memory).table is table
+    assert copy.deepcopy(memory).table is not table
     with pytest.raises(TypeError, match="save_pretrained"):
         pickle.dumps(memory)
 
@@ -469,6 +536,11 @@ def rewrite(path: Path, *, arrays=None, **header) -> None:
     save_file(tensors if arrays is None else arrays, path, {"byrote": json.dumps(merged)})
 
 
+def about(path: Path, text: str) -> None:
+    """Give a file this text as its metadata."""
+    save_file({"rows": torch.ones(ROWS, WIDTH)}, path, {"byrote": text})
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -480,8 +552,16 @@ BAD_FILES = {
     "something else": (lambda path: path.write_text("{}" * 50), "truncated or not a (table|safetensors file)"),
     "any safetensors": (
         lambda path: save_file({"rows": torch.ones(ROWS, WIDTH)}, path),
-        "format_version None",
+        "no metadata 'byrote'",
     ),
+    "metadata that is no JSON": (lambda path: about(path, "{"), "metadata 'byrote' is damaged"),
+    "metadata that is a list": (lambda path: about(path, "[]"), "metadata 'byrote' is damaged"),
+    "metadata that is too deep": (lambda path: about(path, "[" * 200_000), "metadata 'byrote' is damaged"),
+    "a generation in words": (lambda path: rewrite(path, generation="x"), "generation must be int of 0 or more"),
+    "a negative generation": (lambda path: rewrite(path, generation=-1), "generation must be int of 0 or more"),
+    "rows that are a list": (lambda path: rewrite(path, num_rows=[4]), "num_rows must be int of 0 or more"),
+    "a codec that is a list": (lambda path: rewrite(path, codec=["fp32"]), "codec must be str"),
+    "no width": (lambda path: rewrite(path, width=0), "holds no rows"),
     "newer": (lambda path: rewrite(path, format_version=2), "format_version 2, this byrote reads 1"),
     "another codec": (lambda path: rewrite(path, codec="fp4"), "codec 'fp4'"),
     "another digest": (lambda path: rewrite(path, digest="e" * 64), "digest is e+, the model needs d+"),
@@ -523,6 +603,22 @@ BAD_STATES = {
     "row ids that leave the table": (
         lambda path: rewrite(path, arrays={"rows": torch.tensor([ROWS]), "moment": torch.ones(1, WIDTH)}),
         "leave the table",
+    ),
+    "a row twice": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1, 1]), "moment": torch.ones(2, WIDTH)}),
+        "row ids must ascend",
+    ),
+    "ids in two dimensions": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([[1]]), "moment": torch.ones(1, WIDTH)}),
+        "of row ids",
+    ),
+    "state in half": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1]), "moment": torch.ones(1, WIDTH).half()}),
+        "must be float32",
+    ),
+    "a state that is a number": (
+        lambda path: rewrite(path, arrays={"rows": torch.tensor([1]), "moment": torch.tensor(1.0)}),
+        "must be float32",
     ),
     "fewer entries than rows": (
         lambda path: rewrite(path, arrays={"rows": torch.tensor([1, 2]), "moment": torch.ones(1, WIDTH)}),

@@ -6,8 +6,7 @@ import torch
 from byrote.tables.codecs import CODECS
 
 pytest.importorskip("triton")
-
-from byrote.tables.triton_gather import decode, decode_twin
+from byrote.tables.loops.triton import decode, decode_twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu

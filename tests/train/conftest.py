@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from byrote.data.prepare import Options, prepare
-from byrote.train.config import Recipe
+from byrote.train.recipe import Recipe
 
 WORDS = "the a of in memory model table row token river city north south old new large".split()  # noqa: SIM905
 

@@ -16,13 +16,14 @@ import torch
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
 from byrote.tables import RamTable
-from byrote.tables.file import FileTable
-from byrote.tables.log import RowLog
+from byrote.tables.log.log import RowLog
+from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.logged import LoggedTable
 from byrote.train import trainer as trainer_module
 from byrote.train.checkpoint import checkpoints, latest
-from byrote.train.config import Recipe
-from byrote.train.filetables import logged_tables
+from byrote.train.file_tables import tables
 from byrote.train.metrics import read_metrics
+from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
 
 STAGES = ["opening", "training", "saving", "committing", "committed", "collecting"]
@@ -97,7 +98,8 @@ def assert_state_equal(model, other, folder: Path) -> None:
 def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
     host = train("host", checkpoint_every=3)
     file = train("file", checkpoint_every=3, keep=3, placement="file")
-    assert logged_tables(file) and not logged_tables(host)
+    kinds = [{type(table) for table in tables(model).values()} for model in (file, host)]
+    assert kinds == [{LoggedTable}, {RamTable}]
     assert_equal(host, file)
     assert_state_equal(host, file, tmp_path)
     folder = latest(tmp_path / "file")
@@ -114,7 +116,7 @@ def test_it_equals_training_in_ram_and_so_does_a_resumed_run(train, tmp_path):
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
     """With every row of the base cold: reads begin early, and the loader warms each batch, or not."""
-    monkeypatch.setattr("byrote.tables.preads.resident", lambda fd, places, size: not len(places))
+    monkeypatch.setattr("byrote.tables.files.reads.resident", lambda fd, places, size: not len(places))
     warmed, original = [], FileTable.warm
     monkeypatch.setattr(FileTable, "warm", lambda self, rows: (warmed.append(rows), original(self, rows))[1])
     host = train("host", eval_every=0)
@@ -129,7 +131,7 @@ def test_reading_ahead_changes_no_bit(train, tmp_path, monkeypatch, ahead):
 def test_generations_are_those_that_checkpoints_point_to(train, tmp_path):
     model = train("run", checkpoint_every=1, keep=2, placement="file")
     assert len(checkpoints(tmp_path / "run")) == 2
-    for table in logged_tables(model).values():
+    for table in tables(model).values():
         assert table.log.generations() == [8, 9]
     model.save_pretrained(tmp_path / "whole")  # stands alone
     shutil.rmtree(tmp_path / "run/tables")

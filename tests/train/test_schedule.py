@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byrote.train.config import TrainRecipe
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
+from byrote.train.recipe import TrainRecipe
 from byrote.train.schedule import mtp_weight, schedule, share
 
 SCHEDULES = ("constant", "cosine", "step", "wsd")

@@ -10,9 +10,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from byrote.data.prepare import prepare
 from byrote.models.engram import EngramForCausalLM
-from byrote.train.callback import TableCallback
 from byrote.train.checkpoint import latest
-from byrote.train.config import Recipe
+from byrote.train.hf_callback import TableCallback
+from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
 
 WORLD = 2
@@ -83,7 +83,7 @@ def test_the_stock_trainer_refuses_it(tmp_path):
         from byrote import EngramConfig
 
         model = EngramForCausalLM(EngramConfig.from_preset("nano", vocab_size=64, memory_layers=[1]))
-        model.memory_stack.shard()
+        model.memory_stack.move("sharded")
         arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[])
         with pytest.raises(ValueError, match="all must save sharded tables"):
             TableCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)

@@ -124,7 +124,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_the_uninterrupted_one(train, ma
 import os, signal, sys
 from pathlib import Path
 from byrote.data.prepare import prepare
-from byrote.train.config import Recipe
+from byrote.train.recipe import Recipe
 from byrote.train.run import make_trainer
 from byrote.train.trainer import Interrupted
 recipe, data = Recipe.load(Path(sys.argv[1])), Path(sys.argv[3])

@@ -1,6 +1,7 @@
 """The stock transformers Trainer trains a model with tables, and one callback brings the tables back."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from byrote import EngramConfig, EngramForCausalLM
-from byrote.train.callback import TableCallback
 from byrote.train.checkpoint import align
+from byrote.train.hf_callback import TableCallback
 from byrote.train.optimizer import Optimizer
 
 STEPS, LENGTH = 6, 16
@@ -112,6 +113,53 @@ def test_resume_equals_uninterrupted(interrupted, tmp_path, explicit):
     resumed = make(seed=9)
     trainer(resumed, tmp_path, save_strategy="no").train(resume_from_checkpoint=resume)
     assert_same(snapshot(resumed), snapshot(expected))
+
+
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_a_run_can_be_resumed_again_and_again(tmp_path, placement):
+    """What a resumed run saves holds the state of the rows, as the first run's checkpoints do."""
+    saving = {"placement": placement, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    model = make()
+    trainer(model, tmp_path, **saving).train()
+    expected = snapshot(model)
+    for last in (1, 2, 3):
+        for later in range(last + 1, 5):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}", ignore_errors=True)
+        resumed = make(seed=9)
+        trainer(resumed, tmp_path, **saving).train(resume_from_checkpoint=True)
+        assert_same(snapshot(resumed), expected)
+
+
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_the_trainers_own_optimizer_moves_rows_and_resumes(tmp_path, placement):
+    def run(model, **options):
+        run = trainer(model, tmp_path, placement=placement, save_strategy="steps", save_steps=1, max_steps=3)
+        run.optimizer = None  # the Trainer makes AdamW
+        run.train(**options)
+        return snapshot(model)
+
+    before = snapshot(make())
+    expected = run(make())
+    assert all(not torch.equal(expected[f"rows.{layer}"], before[f"rows.{layer}"]) for layer in (1, 2))
+    assert all(expected[f"touches.{layer}"].any() for layer in (1, 2))
+    for last in (1, 2):
+        for later in range(last + 1, 4):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}", ignore_errors=True)
+        assert_same(run(make(seed=9), resume_from_checkpoint=True), expected)
+
+
+def test_a_run_whose_best_model_came_back_can_be_resumed(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {**saving, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    model = make()
+    run = trainer(model, tmp_path, max_steps=2, **best)
+    run.train()
+    run.args.max_steps = 3
+    run.train(resume_from_checkpoint=True)  # by the trainer whose training had ended
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    again = make(seed=9)
+    trainer(again, tmp_path, max_steps=3, **best).train(resume_from_checkpoint=True)
+    assert_same(snapshot(again), snapshot(model))
 
 
 def test_resume_of_a_model_that_was_loaded_from_the_checkpoint(interrupted, tmp_path):

@@ -20,140 +20,48 @@ tested, are three forms: the paper's (GQA, dense, plain residual); the same with
 attention (kv_lora_rank), experts in the concept transformer (n_routed_experts), several streams, and memories.
 """
 
-from __future__ import annotations
-
+import math
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedConfig
-
 from byrote.models.configuration import MemoryConfig
-from byrote.models.dlcm.checks import check
 from byrote.models.dlcm.presets import PRESETS
+from byrote.nn.concept import CONVENTIONS
+from byrote.nn.concept_attention import KERNELS, WEIGHTINGS
 
 
-class DLCMConfig(MemoryConfig, PreTrainedConfig):
+class DLCMConfig(MemoryConfig):
     model_type = "byrote_dlcm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     presets = PRESETS
 
-    def __init__(
-        self,
-        vocab_size: int = 512,
-        hidden_size: int = 64,
-        num_encoder_layers: int = 1,
-        num_concept_layers: int = 2,
-        num_decoder_layers: int = 1,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int = 2,
-        head_dim: int = 16,
-        intermediate_size: int = 192,
-        concept_size: int = 128,
-        num_concept_heads: int = 8,
-        num_concept_key_value_heads: int = 4,
-        concept_intermediate_size: int = 384,
-        compression_ratio: float = 4.0,
-        boundary_convention: str = "close",
-        boundary_mode: str = "decoupled",
-        boundary_weight: float = 0.03,
-        boundary_temperature: float = 6.0,
-        boundary_threshold: float = 0.5,
-        boundary_size: int | None = None,
-        concept_smoothing: str = "ema",
-        concept_weighting: str = "replicated",
-        concept_kernel: str = "sdpa",
-        mup_base_width: int | None = None,
-        rope_theta: float = 10000.0,
-        max_position_embeddings: int = 4096,
-        kv_lora_rank: int | None = None,
-        qk_nope_head_dim: int = 16,
-        qk_rope_head_dim: int = 8,
-        v_head_dim: int = 16,
-        n_routed_experts: int = 0,
-        num_experts_per_tok: int = 2,
-        moe_intermediate_size: int = 64,
-        shared_expert_intermediate_size: int = 64,
-        router_bias_update_rate: float = 0.001,
-        balance_loss_alpha: float = 1e-4,
-        num_streams: int = 1,
-        stream_connection: str = "mhc",
-        memory_layers: list[int] | None = None,
-        memory_contract: str = "engram",
-        memory_table_sizes: list[int] | None = None,
-        memory_heads: int = 2,
-        memory_row_width: int = 8,
-        memory_pad_token_id: int = 2,
-        memory_seed: int = 0,
-        memory_codec: str = "fp32",
-        memory_kernel_size: int = 4,
-        memory_zero_gate_rule: str = "sign",
-        memory_bias: bool = False,
-        memory_initializer_range: float = 0.02,
-        address: dict[str, Any] | None = None,
-        rms_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        bos_token_id: int | None = 0,
-        eos_token_id: int | None = 1,
-        pad_token_id: int | None = 2,
-        use_cache: bool = True,
-        vocabulary: np.ndarray | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_encoder_layers = num_encoder_layers
-        self.num_concept_layers = num_concept_layers
-        self.num_decoder_layers = num_decoder_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.concept_size = concept_size
-        self.num_concept_heads = num_concept_heads
-        self.num_concept_key_value_heads = num_concept_key_value_heads
-        self.concept_intermediate_size = concept_intermediate_size
-        self.compression_ratio = compression_ratio
-        self.boundary_convention = boundary_convention
-        self.boundary_mode = boundary_mode
-        self.boundary_weight = boundary_weight
-        self.boundary_temperature = boundary_temperature
-        self.boundary_threshold = boundary_threshold
-        self.boundary_size = boundary_size
-        self.concept_smoothing = concept_smoothing
-        self.concept_weighting = concept_weighting
-        self.concept_kernel = concept_kernel
-        self.mup_base_width = mup_base_width
-        self.rope_theta = rope_theta
-        self.max_position_embeddings = max_position_embeddings
-        self.kv_lora_rank = kv_lora_rank
-        self.qk_nope_head_dim = qk_nope_head_dim
-        self.qk_rope_head_dim = qk_rope_head_dim
-        self.v_head_dim = v_head_dim
-        self.n_routed_experts = n_routed_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.router_bias_update_rate = router_bias_update_rate
-        self.balance_loss_alpha = balance_loss_alpha
-        self.num_streams = num_streams
-        self.stream_connection = stream_connection
-        self._set_memory(locals())
-        self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache and boundary_convention != "literal"
-        kwargs.pop("num_hidden_layers", None)  # of a saved config; it follows from the two
-        super().__init__(  # type: ignore[call-arg]
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
-        check(self)
-        self.address = address
-        if self.memory_layers:
-            self._settle_address(vocabulary)
+    num_encoder_layers: int = 1
+    num_concept_layers: int = 2
+    num_decoder_layers: int = 1
+    num_key_value_heads: int = 2
+    head_dim: int = 16
+    concept_size: int = 128
+    num_concept_heads: int = 8
+    num_concept_key_value_heads: int = 4
+    concept_intermediate_size: int = 384
+    compression_ratio: float = 4.0
+    boundary_convention: str = "close"
+    boundary_mode: str = "decoupled"
+    boundary_weight: float = 0.03
+    boundary_temperature: float = 6.0
+    boundary_threshold: float = 0.5
+    boundary_size: int | None = None
+    concept_smoothing: str = "ema"
+    concept_weighting: str = "replicated"
+    concept_kernel: str = "sdpa"
+    mup_base_width: int | None = None
+    kv_lora_rank: int | None = None
+    n_routed_experts: int = 0
+    moe_intermediate_size: int = 64
+    shared_expert_intermediate_size: int = 64
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **words: Any) -> None:
+        self.use_cache = self.use_cache and self.boundary_convention != "literal"
+        super().__post_init__(**words)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -174,3 +82,76 @@ class DLCMConfig(MemoryConfig, PreTrainedConfig):
     def concept_scale(self) -> float:
         """s_concept = d_concept / d_base of muP; 1 without."""
         return self.concept_size / self.mup_base_width if self.mup_base_width else 1.0
+
+    def _implied(self) -> dict[str, Any]:
+        return {**super()._implied(), "num_hidden_layers": self.num_hidden_layers}
+
+    def _check(self) -> None:
+        refuse = self._refuse
+        self._check_streams()
+        for field in (
+            "hidden_size",
+            "num_encoder_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "concept_size",
+            "num_concept_heads",
+            "concept_intermediate_size",
+        ):
+            if getattr(self, field) < 1:
+                refuse(field, "at least 1")
+        for field in ("num_concept_layers", "num_decoder_layers", "n_routed_experts"):
+            if getattr(self, field) < 0:
+                refuse(field, "0 or more")
+        if not self.num_concept_layers and self.num_decoder_layers:
+            refuse("num_decoder_layers", "0 without concept layers: a plain model has all of its layers in the encoder")
+        for heads, groups in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("num_concept_heads", "num_concept_key_value_heads"),
+        ):
+            if getattr(self, groups) < 1 or getattr(self, heads) % getattr(self, groups):
+                refuse(groups, f"must divide {heads}={getattr(self, heads)}")
+        if self.head_dim < 2 or self.head_dim % 2 or self.qk_rope_head_dim % 2:
+            refuse("head_dim", "head_dim and qk_rope_head_dim must be even: rotary pairs")
+        if not 1 < self.compression_ratio < math.inf:
+            refuse("compression_ratio", "tokens per concept, above 1; 4 is the paper's")
+        if self.boundary_mode not in ("decoupled", "e2e", "rule"):
+            refuse("boundary_mode", "must be 'decoupled', 'e2e' or 'rule'")
+        if self.boundary_convention not in CONVENTIONS:
+            refuse("boundary_convention", f"must be one of {CONVENTIONS}")
+        if not 0 <= self.boundary_weight < math.inf:
+            refuse("boundary_weight", "0 or more; ConceptMoE and H-Net have 0.03")
+        if not 1 <= self.boundary_temperature < math.inf:
+            refuse("boundary_temperature", "at least 1, which samples p itself; ConceptMoE has 6")
+        if not 0 < self.boundary_threshold < 1:
+            refuse("boundary_threshold", "between 0 and 1; 0.5 is the paper's")
+        if self.boundary_size is not None and self.boundary_size < 1:
+            refuse("boundary_size", "at least 1, or None for hidden_size")
+        if self.concept_smoothing not in ("ema", "none"):
+            refuse("concept_smoothing", "must be 'ema' or 'none'")
+        if self.concept_weighting not in WEIGHTINGS:
+            refuse("concept_weighting", f"must be one of {WEIGHTINGS}")
+        if self.concept_kernel not in KERNELS:
+            refuse("concept_kernel", f"must be one of {KERNELS}")
+        if self.concept_kernel == "varlen" and self.concept_weighting != "replicated":
+            refuse("concept_kernel", "is of concept_weighting='replicated'; 'sdpa' and 'flex' have both")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            refuse("mup_base_width", "a width, or None for the standard parametrization")
+        if self.n_routed_experts and self.num_experts_per_tok > self.n_routed_experts:
+            refuse("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
+        self._check_form()
+        self._check_memory(self.num_encoder_layers)
+
+    def _check_form(self) -> None:
+        """Of the three forms that are offered, one."""
+        parts = {
+            "kv_lora_rank": self.kv_lora_rank is not None,
+            "n_routed_experts": self.n_routed_experts > 0,
+            "num_streams": self.num_streams > 1,
+        }
+        if any(parts.values()) and not (all(parts.values()) and self.memory_layers and self.num_concept_layers):
+            given = [field for field, there in parts.items() if there]
+            raise ValueError(
+                f"{', '.join(given)} without the rest: DeepSeek's form has all of kv_lora_rank, n_routed_experts, "
+                "num_streams above 1, memory_layers and concept layers; the paper's has none of the first three"
+            )

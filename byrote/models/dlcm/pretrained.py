@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from byrote.models.dlcm.concepts import ConceptStage
 from byrote.models.dlcm.configuration import DLCMConfig
+from byrote.models.dlcm.stage import ConceptStage
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.nn.boundary import BoundaryHead
 
@@ -28,12 +28,6 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
     config_class = DLCMConfig
     config: DLCMConfig
     _no_split_modules = ["TokenBlock", "ConceptBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "boundary",
-        "attention_connection",
-        "experts_connection",
-        "exit",
-    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

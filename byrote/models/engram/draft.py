@@ -16,20 +16,17 @@ the right) drafts are worse, never wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import CandidateGenerator, LogitsProcessorList
 
 from byrote.memory import MemoryState, Sequence
 from byrote.models.block import BlockOutput
-from byrote.nn.mtp import PredictionModule
+from byrote.models.engram.configuration import EngramConfig
 from byrote.nn.rope import rotary
-
-if TYPE_CHECKING:
-    from byrote.models.engram.modeling import EngramForCausalLM
 
 
 @dataclass
@@ -77,23 +74,32 @@ class Past:
 
 
 class Drafter(CandidateGenerator):
+    """`embed_tokens`, `modules` and `head` are the model's: its prediction modules, and what stands around them."""
+
     requires_model_outputs = True
     model_kwargs_overrides = {"output_streams": True}  # noqa: RUF012
 
     def __init__(
-        self, model: EngramForCausalLM, generation_config: GenerationConfig, logits_processor: LogitsProcessorList
+        self,
+        config: EngramConfig,
+        embed_tokens: nn.Module,
+        modules: nn.ModuleList,
+        head: nn.Module,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
     ) -> None:
-        if not model.model.mtp:
+        if not modules:
             raise ValueError(
                 "the model has no modules that draft (num_nextn_predict_layers=0): train one with "
                 "num_nextn_predict_layers=1, or generate without drafts"
             )
-        self.model, self.processor = model, logits_processor
+        self.config, self.embed_tokens, self.modules, self.head = config, embed_tokens, modules, head
+        self.processor = logits_processor
         self.sample, self.max_length = bool(generation_config.do_sample), generation_config.max_length
         ends = generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.counts = DraftCounts()
-        self.past = [Past() for _ in model.model.mtp]
+        self.past = [Past() for _ in modules]
         self.ids: Tensor | None = None  # of the document so far, [1, P + 1]
         self.offered = 0
 
@@ -142,13 +148,13 @@ class Drafter(CandidateGenerator):
         known, new = self.ids, self.ids.shape[1] - 1
         drafts: list[Tensor] = []
         all_logits: list[Tensor] = []
-        for k, (module, past) in enumerate(zip(self.model.model.mtp, self.past, strict=True), start=1):
+        for k, (module, past) in enumerate(zip(self.modules, self.past, strict=True), start=1):
             inputs = past.receive(streams)
             assert inputs.shape[1] == new - past.length and known.shape[1] == new + k
             hidden, streams = self._run(module, past, known[:, past.length + k :], inputs)
             # True are module k's places up to P-k, and its inputs, which module k-1 made, up to P-k+1.
             past.keep(max(0, new - k + 1), max(0, new - k + 2))
-            logits = self.model.lm_head(hidden[:, -1]).float()
+            logits = self.head(hidden[:, -1]).float()
             logits = self.processor(torch.cat([input_ids, *drafts], dim=1), logits)  # type: ignore[arg-type]
             chosen = torch.multinomial(logits.softmax(-1), 1) if self.sample else logits.argmax(-1, keepdim=True)
             drafts.append(chosen)
@@ -158,15 +164,15 @@ class Drafter(CandidateGenerator):
         count = max(0, min(room, ended))
         return drafts[:count], all_logits[:count]
 
-    def _run(self, module: PredictionModule, past: Past, next_ids: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, module: nn.Module, past: Past, next_ids: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden [1, T, d], streams [1, T, n, d]) at the places behind those that `past` knows."""
-        config, device = self.model.config, inputs.device
+        config, device = self.config, inputs.device
         places = torch.arange(past.length + inputs.shape[1], device=device)
         queries = places[past.length :]
         angles = rotary(queries[None], config.qk_rope_head_dim, theta=config.rope_theta, yarn=config.yarn_parameters)
         alive = torch.ones_like(queries[None], dtype=torch.bool)
         sequence = Sequence(queries[None], alive, starts=~alive, document=torch.zeros_like(queries[None]))
         mask = (places <= queries[:, None])[None, None]
-        embeddings = self.model.model.embed_tokens(next_ids)
+        embeddings = self.embed_tokens(next_ids)
         hidden, output = module(embeddings, inputs, angles, mask, sequence, None, None, past.update)
         return hidden, BlockOutput(*output).streams

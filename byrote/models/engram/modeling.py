@@ -7,8 +7,9 @@ input_ids -> Sequence (alive, document starts) -> tickets of all memories   (fro
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,26 +17,48 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.state import Field
+from byrote.models.arguments import check_arguments
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
-from byrote.models.engram.outputs import EngramOutput, Prediction, mtp_loss
-from byrote.models.engram.pretrained import EngramPreTrainedModel
-from byrote.models.enter import enter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import check_ids, check_labels
+from byrote.models.inputs import Inputs, attention_cache, target_counts, targets_of
 from byrote.models.memories import make_memories, memory_fields
-from byrote.models.place import attention_cache
+from byrote.models.pretrained import MemoryPreTrainedModel
+from byrote.models.shown import Shown
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
 from byrote.ops.cross_entropy import head_loss
+
+
+@dataclass
+class EngramOutput(CausalLMOutputWithPast):
+    """`mtp_loss`: in training, sum of CE_k / D, unweighted, without a graph. `streams` [B, T, n, d]: if asked for."""
+
+    mtp_loss: Tensor | None = None
+    streams: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """Of one module: hidden [B, T, d] for the head; aimed bool [B, T], where the token to be predicted belongs."""
+
+    hidden: Tensor
+    aimed: Tensor
+
+
+class EngramPreTrainedModel(MemoryPreTrainedModel):
+    """What both classes share."""
+
+    config_class = EngramConfig
+    config: EngramConfig
+    _no_split_modules = ["EngramBlock"]  # noqa: RUF012
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -59,9 +82,13 @@ class EngramModel(EngramPreTrainedModel):
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
 
-    def begin(self, state: MemoryState, rows: int, device: torch.device) -> None:
-        """Make what a decode state holds of so many rows, unless it is there."""
-        state.begin(rows, self.dtype, device)
+    def _decode_state(self, inputs: Inputs) -> MemoryState | None:
+        """The memory's layer in the cache, made for as many rows as there are, unless it has some already."""
+        if inputs.cache is None:
+            return None
+        state = self.attach_memory_state(inputs.cache)
+        state.begin(len(inputs.ids), self.dtype, inputs.ids.device)
+        return state
 
     @can_return_tuple
     def forward(
@@ -72,7 +99,8 @@ class EngramModel(EngramPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         output_streams: bool = False,
         predict: bool = False,
         **kwargs: Any,
@@ -81,36 +109,42 @@ class EngramModel(EngramPreTrainedModel):
         without position_ids the tokens go on with the last document.
 
         `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
-        `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
-        `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
-        all of the new tokens and return what each found, as `predictions`.
+        `output_hidden_states`: the mean of the streams before each block, [B, T, d], and what the head reads; numbers
+        ask for some. `output_attentions`: the weights [B, H, T, S] of each block. `output_streams`: those after the
+        last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over all of the new tokens and return
+        what each found, as `predictions`.
         """
-        input_ids = check_ids(input_ids, inputs_embeds, self.config.hidden_size)
+        check_arguments(kwargs, type(self).forward)
+        shown = Shown.of(self.config, output_hidden_states, output_attentions)
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
-        embeddings, sequence, mask, state, tickets = enter(self, input_ids, *places, inputs_embeds)
+        inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
+        state = self._decode_state(inputs)
+        embeddings, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)
         angles = rotary(
             sequence.position_ids,
             self.config.qk_rope_head_dim,
             theta=self.config.rope_theta,
             yarn=self.config.yarn_parameters,
         )
-        streams = embeddings.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
-        hidden_states = [streams]
+        streams = shown.keep(embeddings).unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
         balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
+            if i:
+                streams = shown.keep(streams)
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
             cache = attention_cache(past_key_values, i)
-            output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
+            output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache, shown.shares))
             streams = output.streams
-            hidden_states.append(streams)
             if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
             record(layer, output, balance)
+        last = self.norm(self.exit(streams))
         result = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(self.exit(streams)),
+            last_hidden_state=last,
             past_key_values=None if use_cache is False else past_key_values,
-            hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
+            hidden_states=shown.hidden_states(last),
+            attentions=shown.weights(),
         )
         if output_streams:
             result["streams"] = streams
@@ -160,7 +194,8 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         return self.model.attach_memory_state(cache)
 
     def make_drafter(self, generation_config: GenerationConfig, logits_processor: LogitsProcessorList) -> Drafter:
-        return Drafter(self, generation_config, logits_processor)
+        model = self.model
+        return Drafter(self.config, model.embed_tokens, model.mtp, self.lm_head, generation_config, logits_processor)
 
     @can_return_tuple
     def forward(
@@ -171,7 +206,10 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         mtp_loss_weight: float | None = None,
@@ -180,47 +218,57 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         **kwargs: Any,
     ) -> EngramOutput:
         """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
+        `shift_labels` [B, T] in their place are shifted already, as context parallelism needs them.
 
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
-        predict = self.training and labels is not None and len(self.model.mtp) > 0
-        check_labels(labels, input_ids, self.config.vocab_size)
+        check_arguments(kwargs, type(self).forward)
+        targets = targets_of(labels, shift_labels, input_ids, self.config.vocab_size)
+        predict = self.training and targets is not None and len(self.model.mtp) > 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None or use_cache is not None else False,
-            output_hidden_states=kwargs.get("output_hidden_states"),
+            use_cache=use_cache if targets is None or use_cache is not None else False,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             output_streams=output_streams,
             predict=predict,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        skip_logits = skip_logits and labels is not None
+        skip_logits = skip_logits and targets is not None
         logits = None if skip_logits else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss, further = None, None
-        if labels is not None:
-            items = (labels[:, 1:] != -100).sum(dim=1)
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+        if targets is not None:
+            items, total = target_counts(targets, num_items_in_batch)
             if skip_logits:
-                loss = head_loss(self.lm_head, outputs.last_hidden_state, shift(labels, 1, empty=-100)) / total
+                loss = head_loss(self.lm_head, outputs.last_hidden_state, targets) / total
             else:
+                nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                    logits,
+                    labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=total if nothing else num_items_in_batch,
+                    shift_labels=targets,
                 )
             if "balance_loss" in outputs:
                 # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
             if predict:
                 weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-                further = mtp_loss(self.lm_head, outputs["predictions"], labels, total)
+                further = _mtp_loss(self.lm_head, outputs["predictions"], targets, total)
                 loss = loss + weight * further
         return EngramOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             mtp_loss=None if further is None else further.detach(),
             streams=outputs.get("streams"),
         )
@@ -235,3 +283,14 @@ def _same_document(sequence: Sequence, steps: int) -> Tensor:
     """bool [B, T]: does an alive token of the same document stand `steps` places on?"""
     alive = sequence.alive & shift(sequence.alive, steps, empty=False)
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
+
+
+def _mtp_loss(head: nn.Module, predictions: Iterable[Prediction], targets: Tensor, total: Tensor | int) -> Tensor:
+    """1/D sum_k CE_k. All are divided by `total`, the head's number of `targets` (V3's T), so that a batch in parts has
+    the loss of the whole.
+    """
+    losses = []
+    for k, (hidden, aimed) in enumerate(predictions, start=1):
+        further = shift(targets, k, empty=-100).masked_fill(~aimed, -100)
+        losses.append(head_loss(head, hidden, further))
+    return torch.stack(losses).mean() / total

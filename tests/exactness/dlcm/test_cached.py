@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from byrote.memory.concepts import NOWHERE
+from byrote.memory.concept_state import NOWHERE
 from tests.exactness.dlcm.conftest import LENGTH, VARIANTS, assert_same, build, full_forward, in_chunks, state_of
 from tests.exactness.test_cached import random_sizes
 

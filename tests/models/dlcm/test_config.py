@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from byrote import DLCMConfig, DLCMForCausalLM
-from byrote.models.dlcm.counts import block_macs
+from byrote.models.counts import block_macs
 from byrote.models.dlcm.presets import PRESETS
 from tests.models.dlcm.conftest import FORMS
 

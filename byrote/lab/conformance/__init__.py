@@ -1,0 +1,1 @@
+"""This library against vectors that another engine wrote."""

@@ -1,0 +1,1 @@
+"""Studies of many runs: what is planned, run and reported."""

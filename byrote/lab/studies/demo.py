@@ -1,0 +1,115 @@
+"""The demo: a DeepSeek-style mixture of experts against the same model with a memory, on the same tokens.
+
+Both recipes name the same data and the same training; the sizes are equal (total parameters within 1 %,
+active ones and FLOPs within 2 %), and that is printed and asserted before anything is trained. OUT/ holds
+a run folder for each, and
+
+    report.json  loss.png  sample.txt  gates.html  gates.json
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from byrote.data.tokenizer import load_tokenizer
+from byrote.lab.inspect.gates import record, to_html, to_terminal
+from byrote.models.counts import Counts, count
+from byrote.train.metrics import plot_losses, read_metrics
+from byrote.train.progress import DataLive
+from byrote.train.recipe import RECIPES, Recipe
+from byrote.train.run import config_of, prepare_data, train
+
+PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
+TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
+NAMES = {"total": "total parameters", "active": "active parameters", "flops_per_token": "FLOPs per token"}
+
+
+def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str, dict[str, Any]]:
+    """Train both, write everything to `out`, and return what report.json holds."""
+    overrides = list(overrides)
+    recipes = {name: Recipe.load(RECIPES / file, overrides) for name, file in PAIR.items()}
+    counts = compare_counts(recipes, console)
+    report: dict[str, dict[str, Any]] = {}
+    for name, recipe in recipes.items():
+        shutil.rmtree(out / name, ignore_errors=True)
+        trainer, result = train(recipe, out / name, console)
+        report[name] = {
+            "val_loss": result.score.loss,
+            "bits_per_byte": result.score.bits_per_byte,
+            "params_total": counts[name].total,
+            "params_active": counts[name].active,
+            "params_table": counts[name].table,
+            "flops_per_token": counts[name].flops_per_token,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 2),
+            "tokens_per_second": round(result.tokens / result.seconds, 1),
+        }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    curves = {name: read_metrics(out / name / "metrics.jsonl") for name in recipes}
+    plot_losses(curves, out / "loss.png", f"The same {report['moe']['tokens']:,} tokens of {recipe.data.corpus}")
+    shutil.copy(out / "engram/sample.txt", out / "sample.txt")
+    text = (out / "sample.txt").read_text().strip()
+    trace = record(trainer.model, trainer.tokenizer, text)
+    trace.save(out / "gates.json")
+    (out / "gates.html").write_text(to_html(trace, "A sample of the demo's model"), encoding="utf-8")
+    console.print(table(report))
+    console.print("\n[bold]a sample of engram[/]")
+    console.print(text, markup=False, highlight=False)
+    console.print("\n[bold]how far its memories' gates open[/]")
+    console.print(to_terminal(trace))
+    console.print(f"\n{out}: report.json, loss.png, sample.txt, gates.html, and a run folder for each")
+    return report
+
+
+def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Counts]:
+    """Count both models; ValueError unless they are the same size and see the same tokens."""
+    first, second = recipes.values()
+    if (first.data, first.train) != (second.data, second.train):
+        raise ValueError("the two recipes differ in [data] or [train]; the comparison needs the same tokens")
+    with DataLive(console, first.data.corpus) as live:
+        data, _ = prepare_data(first, live.report)
+    tokenizer = load_tokenizer(data / "tokenizer")
+    counts = {name: count(config_of(recipe, tokenizer), recipe.data.length) for name, recipe in recipes.items()}
+    check_sizes(counts)
+    for name, c in counts.items():
+        sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active"
+        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token", highlight=False)
+    return counts
+
+
+def check_sizes(counts: dict[str, Counts]) -> None:
+    names = list(counts)
+    for field, share in (("total", TOTAL), ("active", ACTIVE), ("flops_per_token", ACTIVE)):
+        a, b = (getattr(counts[name], field) for name in names)
+        if abs(a - b) > share * a:
+            raise ValueError(
+                f"{NAMES[field]} differ by {abs(a - b) / a:.1%} ({names[0]} {a:,}, {names[1]} {b:,}); "
+                f"at most {share:.0%} is a comparison: change the experts or the tables of a recipe"
+            )
+
+
+def table(report: dict[str, dict[str, Any]]) -> Table:
+    """The comparison, a column a model."""
+    rows = {
+        "validation loss": ("val_loss", "{:.4f}"),
+        "bits per byte": ("bits_per_byte", "{:.4f}"),
+        "seconds of training": ("seconds", "{:.1f}"),
+        "tokens": ("tokens", "{:,}"),
+        "tokens per second": ("tokens_per_second", "{:,.0f}"),
+        "training FLOPs per token": ("flops_per_token", "{:,}"),
+        "parameters": ("params_total", "{:,}"),
+        "of them active": ("params_active", "{:,}"),
+        "of them in tables": ("params_table", "{:,}"),
+    }
+    shown = Table(title="one seed; docs/log.md has three, and two corpora")
+    shown.add_column("")
+    for name in report:
+        shown.add_column(name, justify="right")
+    for label, (key, form) in rows.items():
+        shown.add_row(label, *(form.format(report[name][key]) for name in report))
+    return shown

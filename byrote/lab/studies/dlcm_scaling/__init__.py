@@ -1,0 +1,1 @@
+"""The scaling laws of DLCM, fitted to runs."""

@@ -1,0 +1,1 @@
+"""Does decoupled muP hold for a DLCM?"""

@@ -1,0 +1,1 @@
+"""Tables as bytes on disk: formats, headers, reads, checksums."""

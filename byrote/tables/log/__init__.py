@@ -1,0 +1,1 @@
+"""The crash-safe log of changed rows."""
