@@ -60,7 +60,7 @@ class Inputs:
     ) -> Inputs:
         """ValueError unless `input_ids` are ids and the rest has their shape. Unknown ids are refused by `enter`."""
         if input_ids is None:
-            raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
+            input_ids = _stand_ins(inputs_embeds, config)
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be integers [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
         if not input_ids.numel():
@@ -176,11 +176,11 @@ def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
     return lambda key, value: cache.update(key, value, layer)
 
 
-def check_labels(labels: Tensor | None, input_ids: Tensor | None, vocab_size: int) -> None:
-    """ValueError unless they are ids, or -100, one for each of input_ids."""
-    if labels is None or input_ids is None:
+def check_labels(labels: Tensor | None, tokens: Tensor | None, vocab_size: int) -> None:
+    """ValueError unless they are ids, or -100, one for each of the tokens, ids [B, T] or embeddings [B, T, d]."""
+    if labels is None or tokens is None:
         return
-    _check_shape("labels", labels, list(input_ids.shape))
+    _check_shape("labels", labels, list(tokens.shape[:2]))
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, the ids to be predicted, got {labels.dtype}")
     unknown = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
@@ -190,6 +190,18 @@ def check_labels(labels: Tensor | None, input_ids: Tensor | None, vocab_size: in
             f"labels[{row}, {position}] is {int(labels[row, position])}; "
             f"give ids below vocab_size={vocab_size}, and -100 where nothing is predicted"
         )
+
+
+def _stand_ins(inputs_embeds: Tensor | None, config: MemoryConfig) -> Tensor:
+    """Ids [B, T] for embeddings that come without any, where no memory reads them."""
+    if inputs_embeds is None:
+        raise ValueError("input_ids is missing: give token ids [B, T]")
+    if config.memory_layers:
+        raise ValueError(
+            "input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds. What has "
+            "no ids, as the virtual tokens of prompt tuning, cannot be looked up: adapt such a model by LoRA"
+        )
+    return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
 def target_counts(labels: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor | int]:

@@ -6,6 +6,7 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()
+        if peft := sys.modules.get("peft"):  # LoRA without target_modules goes to the projections of attention
+            targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets.setdefault(config.model_type, ["q_proj", "q_b_proj", "kv_b_proj", "v_proj", "o_proj"])
         super().__init__(config, *inputs, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -75,7 +75,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         make and return no logits.
         """
         check_arguments(kwargs, type(self).forward)
-        check_labels(labels, input_ids, self.config.vocab_size)
+        check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

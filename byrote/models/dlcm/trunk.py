@@ -120,7 +120,8 @@ class DLCMModel(DLCMPreTrainedModel):
         without position_ids the tokens go on with the last document.
 
         `boundaries` bool [B, T]: where concepts end, in place of the model's own choice. `inputs_embeds` [B, T, d] may
-        replace the embedding, never the ids. `output_hidden_states`: before each token block and after the last.
+        replace the embedding, but not the ids where a memory is addressed by them. `output_hidden_states`: before each
+        token block and after the last.
         `boundaries_only`: go no further than to choose them.
         """
         check_arguments(kwargs, type(self).forward)

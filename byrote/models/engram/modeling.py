@@ -112,7 +112,7 @@ class EngramModel(EngramPreTrainedModel):
         """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
         without position_ids the tokens go on with the last document.
 
-        `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
+        `inputs_embeds` [B, T, d] may replace the embedding, but not the ids where a memory is addressed by them.
         `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
         `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
         all of the new tokens and return what each found, as `predictions`.
@@ -222,7 +222,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         """
         predict = self.training and labels is not None and len(self.model.mtp) > 0
         check_arguments(kwargs, type(self).forward)
-        check_labels(labels, input_ids, self.config.vocab_size)
+        check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
