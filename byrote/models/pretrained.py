@@ -70,7 +70,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
         row moves. Tables are to be in RAM.
         """
