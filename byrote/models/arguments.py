@@ -23,7 +23,6 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 REPEATED = ("max_length_q", "max_length_k", "max_seqlen", "cache_position", "num_items_in_batch", "return_dict")
 # What a model may be told only where it changes nothing.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "output_attentions": (False,),
     "output_router_logits": (False,),
     "is_causal": (True,),
 }

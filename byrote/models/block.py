@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from byrote.memory import Sequence, Ticket
+from byrote.nn.eager import Shares
 from byrote.nn.engram import Engram, UngatedMemory
 from byrote.nn.hyper import Convention, GatedExit, HyperConnection, ManifoldConnection, MeanExit, Residual
 from byrote.nn.mla import Cache
@@ -46,9 +47,7 @@ class BlockOutput(NamedTuple):
 
 
 class Block(GradientCheckpointingLayer):
-    """`sublayer`: how many attentions and experts stand before those of this block; `attention(x, rotary, mask, cache)`
-    as byrote.nn.mla.MLA.
-    """
+    """`sublayer`: how many attentions and experts stand before those of this block; `attention`: as byrote.nn.mla."""
 
     def __init__(
         self,
@@ -79,8 +78,11 @@ class Block(GradientCheckpointingLayer):
         ticket: Ticket | None = None,
         tail: Tensor | None = None,
         cache: Cache | None = None,
+        shares: Shares | None = None,
     ) -> BlockOutput:
-        """streams [B, T, n, d]; `ticket` of its memory, `tail` of its convolution, `cache` of its attention."""
+        """streams [B, T, n, d]; `ticket` of its memory, `tail` of its convolution, `cache` of its attention, which puts
+        its weights into `shares`.
+        """
         columns = None
         if self.memory is not None:
             assert ticket is not None
@@ -94,7 +96,7 @@ class Block(GradientCheckpointingLayer):
                 addend, columns = self.memory(x.unsqueeze(2), rows, *places)
                 streams = write(addend.squeeze(2))
         x, write = self.attention_connection(streams)
-        streams = write(self.attention(self.attention_norm(x), rotary, mask, cache))
+        streams = write(self.attention(self.attention_norm(x), rotary, mask, cache, shares))
         x, write = self.experts_connection(streams)
         if isinstance(self.experts, MLP):
             return BlockOutput(write(self.experts(self.experts_norm(x))), None, None, columns)

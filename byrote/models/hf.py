@@ -7,19 +7,25 @@
 - `create_masks_for_generate` keeps the attention mask [B, S]: the model builds its own, with document boundaries;
 - `_get_candidate_generator` answers `use_mtp=True` with the model's own drafter, which works on the modules in memory
   (transformers' would build new ones and read their weights again), and keeps what it counts in `model.drafts`;
+- `generate_batch` and `init_continuous_batching`, which decode over pages of a cache of their own, are refused;
 - `_valid_auto_compile_criteria` keeps `generate` from compiling a forward that reads tables and looks at lengths.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 
 from byrote.memory.state import MemoryState
+
+
+def attends_eagerly(config: PreTrainedConfig) -> bool:
+    """Whether `attn_implementation="eager"` was asked for: attention by plain products, which has weights to show."""
+    return config._attn_implementation == "eager"
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -59,6 +65,26 @@ class MemoryGenerationMixin(GenerationMixin):
             if generation_config.is_assistant:
                 state.activate_past_recording()
         return result
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and input_ids.shape == embeds.shape[:2]:
+            inputs["input_ids"] = input_ids  # transformers leaves them out; a memory is addressed by them
+        return inputs
+
+    @property
+    def init_continuous_batching(self) -> NoReturn:  # type: ignore[override]
+        # Who asks whether it is there, as `transformers serve` does, goes on without it.
+        raise AttributeError("continuous batching keeps pages of keys and values, which hold no state of a memory")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        raise ValueError(
+            "generate_batch keeps pages of keys and values, which hold no state of a memory: call generate, with "
+            "prompts padded at the left (in GRPOConfig: use_transformers_continuous_batching=False)"
+        )
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False

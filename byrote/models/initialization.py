@@ -4,6 +4,8 @@
     biases, convolution                  0              (Engram paper, table 5: conv zero init)
     all gains                            1
     connections, exits                   the plain residual (byrote.nn.hyper)
+    generation and identity              the table's
+    other buffers                        as they are made: a model may have been made on the meta device
 
 Rows of tables are drawn by the table itself. By transformers' functions, which spare what a checkpoint has loaded.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from byrote.memory.stack import Memory, MemoryStack
 from byrote.nn.engram import Engram
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts
@@ -36,5 +39,11 @@ def initialize(module: nn.Module, std: float) -> None:
         module.reset_gains(init)
     elif isinstance(module, HyperConnection | ManifoldConnection | GatedExit):
         module.reset(init.copy_)
+    elif isinstance(module, Memory):
+        init.zeros_(module.anchor)
+        init.constant_(module.generation, module.table.generation)
+        init.constant_(module.identity, module.table.identity)
+    elif isinstance(module, MemoryStack):
+        init.copy_(module.vocabulary, module.known_vocabulary())
     if isinstance(module, Router):
         init.zeros_(module.selection_bias)

@@ -20,6 +20,7 @@ from byrote.memory.sequence import NO_POSITION, stepping
 from byrote.models import arguments
 from byrote.models.configuration import MemoryConfig
 from byrote.nn.mla import Cache as AttentionCache
+from byrote.nn.mtp import shift
 
 
 class Entered(NamedTuple):
@@ -176,18 +177,30 @@ def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
     return lambda key, value: cache.update(key, value, layer)
 
 
-def check_labels(labels: Tensor | None, tokens: Tensor | None, vocab_size: int) -> None:
-    """ValueError unless they are ids, or -100, one for each of the tokens, ids [B, T] or embeddings [B, T, d]."""
-    if labels is None or tokens is None:
-        return
-    _check_shape("labels", labels, list(tokens.shape[:2]))
+def targets_of(
+    labels: Tensor | None, shift_labels: Tensor | None, tokens: Tensor | None, vocab_size: int
+) -> Tensor | None:
+    """What each token is to predict, int64 [B, T]: `shift_labels`, or else `labels` moved by one; None of None.
+
+    `tokens`: ids [B, T], or embeddings [B, T, d].
+    """
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and tokens is not None:
+            _check_labels(name, given, tokens, vocab_size)
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return shift(labels, 1, empty=-100)
+
+
+def _check_labels(name: str, labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    _check_shape(name, labels, list(tokens.shape[:2]))
     if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, the ids to be predicted, got {labels.dtype}")
+        raise ValueError(f"{name} must be int64, the ids to be predicted, got {labels.dtype}")
     unknown = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
     if bool(unknown.any()):
         row, position = (int(index) for index in unknown.nonzero()[0])
         raise ValueError(
-            f"labels[{row}, {position}] is {int(labels[row, position])}; "
+            f"{name}[{row}, {position}] is {int(labels[row, position])}; "
             f"give ids below vocab_size={vocab_size}, and -100 where nothing is predicted"
         )
 
@@ -204,9 +217,9 @@ def _stand_ins(inputs_embeds: Tensor | None, config: MemoryConfig) -> Tensor:
     return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
-def target_counts(labels: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
+def target_counts(targets: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
     """(tokens to predict, of each row; by how many the loss is divided, never by 0: a loss over nothing is 0)"""
-    items = (labels[:, 1:] != -100).sum(dim=1)
+    items = (targets != -100).sum(dim=1)
     return items, items.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byrote.compiled import decoding, kernels, run
+from byrote.nn.eager import Shares, attend_eagerly
 from byrote.nn.mla import Cache
 from byrote.nn.rope import rotate
 
@@ -45,13 +46,21 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        shares: Shares | None = None,
+    ) -> Tensor:
         """Attend. Without a mask: plain causal over x, which then must be all there is; or one token, which sees all.
 
-        `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each.
+        `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each. `shares` takes the
+        weights of the attention, which is then computed by plain products.
         """
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        few = cache is not None and x.shape[1] <= FEW
+        few = shares is None and cache is not None and x.shape[1] <= FEW
         compiled = few and decoding(query, key) and rotary.shape[:2] == x.shape[:2]
         if compiled:
             turned = torch.empty_like(query), torch.empty_like(key)
@@ -72,7 +81,10 @@ class GroupedQueryAttention(nn.Module):
             if few and (out := attend_few_compiled(query, key, value, mask)) is not None:
                 return self.o_proj(out)
             query = split_heads(query, self.head_dim)
-        out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
+        if shares is not None:
+            out = attend_eagerly(query, key, value, mask, self.head_dim**-0.5, shares)
+        else:
+            out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byrote.compiled import compilable, decoding, kernels, replaceable, run
+from byrote.nn.eager import Shares, attend_eagerly
 from byrote.nn.norm import RMSNorm, rms_norm
 from byrote.nn.rope import rotate
 
@@ -97,12 +98,14 @@ class MLA(nn.Module):
         rotary: Tensor,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        shares: Shares | None = None,
     ) -> Tensor:
         """Attend. Without a mask: plain causal over x, which then must be all there is; one token sees all there is.
 
         `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
+        `shares` takes the weights of the attention, which is then computed by plain products.
         """
-        compiled = self._compiled(x, cache)
+        compiled = shares is None and self._compiled(x, cache)
         if compiled:
             query, query_rope, latent, rope_key = self._enter(x, rotary)
         else:
@@ -122,8 +125,11 @@ class MLA(nn.Module):
             )
         if compiled:
             return self.o_proj(self._attend(query, query_rope, latent, rope_key, mask))
-        attend = self._absorbed if self._absorbs(x.shape[1], cache) else self._expanded
-        out = attend(query, query_rope, latent, rope_key, mask)
+        inputs = query, query_rope, latent, rope_key, mask
+        if shares is None and self._absorbs(x.shape[1], cache):
+            out = self._absorbed(*inputs)
+        else:
+            out = self._expanded(*inputs, shares)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _compiled(self, x: Tensor, cache: Cache | None) -> bool:
@@ -176,13 +182,22 @@ class MLA(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _expanded(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent: Tensor,
+        rope_key: Tensor,
+        mask: Tensor | None,
+        shares: Shares | None,
     ) -> Tensor:
         key_nope, value = self._heads(self.kv_b_proj(latent.squeeze(1))).split([self.nope_dim, self.value_dim], dim=-1)
         rope_key = rope_key.to(key_nope.dtype).expand(-1, self.num_heads, -1, -1)
+        query, key = torch.cat((query_nope, query_rope), dim=-1), torch.cat((key_nope, rope_key), dim=-1)
+        if shares is not None:
+            return attend_eagerly(query, key, value, mask, self.softmax_scale, shares)
         return F.scaled_dot_product_attention(
-            torch.cat((query_nope, query_rope), dim=-1),
-            torch.cat((key_nope, rope_key), dim=-1),
+            query,
+            key,
             value,
             attn_mask=mask,
             is_causal=mask is None and query_nope.shape[2] > 1,

@@ -17,10 +17,9 @@ from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.dlcm.trunk import DLCMModel, DLCMModelOutput, DLCMOutput
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import check_labels, target_counts
+from byrote.models.inputs import target_counts, targets_of
 from byrote.nn.boundary import parser_loss
 from byrote.nn.loss import head_loss
-from byrote.nn.mtp import shift
 
 
 class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
@@ -58,8 +57,10 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         boundaries: Tensor | None = None,
@@ -68,6 +69,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         **kwargs: Any,
     ) -> DLCMOutput:
         """As DLCMModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
+        `shift_labels` [B, T] in their place are shifted already, as context parallelism needs them.
 
         `boundary_counts` [2]: boundaries and tokens of the whole step, over all processes and micro-batches, divided by
         the number of processes; unless given, those of this batch, over all processes, and the loss of their rate is
@@ -75,29 +77,32 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         make and return no logits.
         """
         check_arguments(kwargs, type(self).forward)
-        check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+        targets = targets_of(
+            labels, shift_labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None or use_cache is not None else False,
+            use_cache=use_cache if targets is None or use_cache is not None else False,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             boundaries=boundaries,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        skip_logits = skip_logits and labels is not None
+        skip_logits = skip_logits and targets is not None
         # muP's factor stands before the head, where it is cheap (equation 21).
         hidden = outputs.last_hidden_state / self.config.token_scale
         logits = None if skip_logits else self.lm_head(hidden[:, kept, :])
         loss, parser = None, None
-        if labels is not None:
-            items, total = target_counts(labels, num_items_in_batch)
+        if targets is not None:
+            items, total = target_counts(targets, num_items_in_batch)
             if skip_logits:
-                loss = head_loss(self.lm_head, hidden, shift(labels, 1, empty=-100)) / total
+                loss = head_loss(self.lm_head, hidden, targets) / total
             else:
                 nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
@@ -105,6 +110,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
                     labels,
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=total if nothing else num_items_in_batch,
+                    shift_labels=targets,
                 )
             if self.training and outputs.balance_loss is not None:
                 loss = loss + self.config.balance_loss_alpha * (outputs.balance_loss * items).sum() / total
@@ -127,6 +133,7 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             boundary_probabilities=outputs.boundary_probabilities,
             boundaries=outputs.boundaries,
             alive=outputs.alive,

@@ -28,12 +28,6 @@ class DLCMPreTrainedModel(MemoryPreTrainedModel):
     config_class = DLCMConfig
     config: DLCMConfig
     _no_split_modules = ["TokenBlock", "ConceptBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "boundary",
-        "attention_connection",
-        "experts_connection",
-        "exit",
-    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.dlcm.stage import ConceptStage
 from byrote.models.inputs import Inputs, attention_cache
 from byrote.models.memories import make_memories, memory_fields
+from byrote.models.shown import Shown
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
 
@@ -111,7 +112,8 @@ class DLCMModel(DLCMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         boundaries: Tensor | None = None,
         boundaries_only: bool = False,
         **kwargs: Any,
@@ -120,11 +122,12 @@ class DLCMModel(DLCMPreTrainedModel):
         without position_ids the tokens go on with the last document.
 
         `boundaries` bool [B, T]: where concepts end, in place of the model's own choice. `inputs_embeds` [B, T, d] may
-        replace the embedding, but not the ids where a memory is addressed by them. `output_hidden_states`: before each
-        token block and after the last.
+        replace the embedding, never the ids that address a memory. `output_hidden_states`: before each token block, and
+        what the head reads; numbers ask for some. `output_attentions`: the weights [B, H, T, S] of each token block.
         `boundaries_only`: go no further than to choose them.
         """
         check_arguments(kwargs, type(self).forward)
+        shown = Shown.of(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
@@ -134,15 +137,15 @@ class DLCMModel(DLCMPreTrainedModel):
         x, sequence, mask, tickets = inputs.enter(self.embed_tokens, self.memories, state)
         dim = self.config.head_dim if self.config.kv_lora_rank is None else self.config.qk_rope_head_dim
         angles = rotary(sequence.position_ids, dim, theta=self.config.rope_theta)
-        hidden_states: list[Tensor] = []
 
         def run(layers: nn.ModuleList, x: Tensor, first: int) -> Tensor:
-            streams = x.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
+            streams = shown.keep(x).unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
             for i, layer in enumerate(layers, start=first):
-                hidden_states.append(streams)
+                if i > first:
+                    streams = shown.keep(streams)
                 tail = None if state is None else state.tails.get(f"convolution.{i}")
                 cache = attention_cache(past_key_values, i)
-                output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
+                output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache, shown.shares))
                 streams = output.streams
                 if state is not None and output.columns is not None:
                     state.advance(f"convolution.{i}", output.columns, sequence)
@@ -157,11 +160,12 @@ class DLCMModel(DLCMPreTrainedModel):
                 return DLCMModelOutput(boundary_probabilities=p, boundaries=chosen, alive=sequence.alive)
             found = self.concepts(h, sequence, state, boundaries)
             streams = run(self.decoder, h + found.addend, len(self.encoder))
-        hidden_states.append(streams)
+        last = self.norm(self.exit(streams))
         return DLCMModelOutput(
-            last_hidden_state=self.norm(self.exit(streams)),
+            last_hidden_state=last,
             past_key_values=past_key_values,
-            hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
+            hidden_states=shown.hidden_states(last),
+            attentions=shown.weights(),
             boundary_probabilities=None if found is None else found.probabilities,
             boundaries=None if found is None else found.boundaries,
             alive=sequence.alive,

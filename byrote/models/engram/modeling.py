@@ -28,9 +28,10 @@ from byrote.models.engram.block import EngramBlock
 from byrote.models.engram.configuration import EngramConfig
 from byrote.models.engram.draft import Drafter
 from byrote.models.hf import MemoryGenerationMixin
-from byrote.models.inputs import Inputs, attention_cache, check_labels, target_counts
+from byrote.models.inputs import Inputs, attention_cache, target_counts, targets_of
 from byrote.models.memories import make_memories, memory_fields
 from byrote.models.pretrained import MemoryPreTrainedModel
+from byrote.models.shown import Shown
 from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
@@ -58,12 +59,6 @@ class EngramPreTrainedModel(MemoryPreTrainedModel):
     config_class = EngramConfig
     config: EngramConfig
     _no_split_modules = ["EngramBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "memory_connection",
-        "attention_connection",
-        "experts_connection",
-        "exit",
-    ]
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -104,7 +99,8 @@ class EngramModel(EngramPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         output_streams: bool = False,
         predict: bool = False,
         **kwargs: Any,
@@ -112,12 +108,14 @@ class EngramModel(EngramPreTrainedModel):
         """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
         without position_ids the tokens go on with the last document.
 
-        `inputs_embeds` [B, T, d] may replace the embedding, but not the ids where a memory is addressed by them.
-        `output_hidden_states`: the mean of the streams before each block and after the last, [B, T, d].
-        `output_streams`: those after the last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over
-        all of the new tokens and return what each found, as `predictions`.
+        `inputs_embeds` [B, T, d] may replace the embedding, not the ids that address a memory.
+        `output_hidden_states`: the mean of the streams before each block, [B, T, d], and what the head reads; numbers
+        ask for some. `output_attentions`: the weights [B, H, T, S] of each block. `output_streams`: those after the
+        last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over all of the new tokens and return
+        what each found, as `predictions`.
         """
         check_arguments(kwargs, type(self).forward)
+        shown = Shown.of(self.config, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
@@ -130,22 +128,24 @@ class EngramModel(EngramPreTrainedModel):
             theta=self.config.rope_theta,
             yarn=self.config.yarn_parameters,
         )
-        streams = embeddings.unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
-        hidden_states = [streams]
+        streams = shown.keep(embeddings).unsqueeze(2).expand(-1, -1, self.config.num_streams, -1)
         balance: list[Tensor] = []
         for i, layer in enumerate(self.layers):
+            if i:
+                streams = shown.keep(streams)
             tail = state.tails.get(f"convolution.{i}") if state is not None else None
             cache = attention_cache(past_key_values, i)
-            output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache))
+            output = BlockOutput(*layer(streams, angles, mask, sequence, tickets.get(i), tail, cache, shown.shares))
             streams = output.streams
-            hidden_states.append(streams)
             if state is not None and output.columns is not None:
                 state.advance(f"convolution.{i}", output.columns, sequence)
             record(layer, output, balance)
+        last = self.norm(self.exit(streams))
         result = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(self.exit(streams)),
+            last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(s.mean(dim=2) for s in hidden_states) if output_hidden_states else None,
+            hidden_states=shown.hidden_states(last),
+            attentions=shown.weights(),
         )
         if output_streams:
             result["streams"] = streams
@@ -207,8 +207,10 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         mtp_loss_weight: float | None = None,
@@ -217,33 +219,37 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         **kwargs: Any,
     ) -> EngramOutput:
         """As EngramModel; labels int64 [B, T] are the ids themselves (shifted here), -100: nothing is predicted.
+        `shift_labels` [B, T] in their place are shifted already, as context parallelism needs them.
 
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
-        predict = self.training and labels is not None and len(self.model.mtp) > 0
         check_arguments(kwargs, type(self).forward)
-        check_labels(labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size)
+        targets = targets_of(
+            labels, shift_labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size
+        )
+        predict = self.training and targets is not None and len(self.model.mtp) > 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None or use_cache is not None else False,
+            use_cache=use_cache if targets is None or use_cache is not None else False,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             output_streams=output_streams,
             predict=predict,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        skip_logits = skip_logits and labels is not None
+        skip_logits = skip_logits and targets is not None
         logits = None if skip_logits else self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss, further = None, None
-        if labels is not None:
-            items, total = target_counts(labels, num_items_in_batch)
+        if targets is not None:
+            items, total = target_counts(targets, num_items_in_batch)
             if skip_logits:
-                loss = head_loss(self.lm_head, outputs.last_hidden_state, shift(labels, 1, empty=-100)) / total
+                loss = head_loss(self.lm_head, outputs.last_hidden_state, targets) / total
             else:
                 nothing = num_items_in_batch is None and not bool(items.any())
                 loss = self.loss_function(
@@ -251,19 +257,21 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
                     labels,
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=total if nothing else num_items_in_batch,
+                    shift_labels=targets,
                 )
             if "balance_loss" in outputs:
                 # Weighted by predicted tokens, so that any split of a batch into micro-batches gives the same sum.
                 loss = loss + self.config.balance_loss_alpha * (outputs["balance_loss"] * items).sum() / total
             if predict:
                 weight = self.config.mtp_loss_weight if mtp_loss_weight is None else mtp_loss_weight
-                further = _mtp_loss(self.lm_head, outputs["predictions"], labels, total)
+                further = _mtp_loss(self.lm_head, outputs["predictions"], targets, total)
                 loss = loss + weight * further
         return EngramOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             mtp_loss=None if further is None else further.detach(),
             streams=outputs.get("streams"),
         )
@@ -280,12 +288,12 @@ def _same_document(sequence: Sequence, steps: int) -> Tensor:
     return alive & (shift(sequence.document, steps, empty=-1) == sequence.document)
 
 
-def _mtp_loss(head: nn.Module, predictions: Iterable[Prediction], labels: Tensor, total: Tensor | int) -> Tensor:
-    """1/D sum_k CE_k. All are divided by `total`, the main loss's number of targets (V3's T), so that a batch in parts
-    has the loss of the whole.
+def _mtp_loss(head: nn.Module, predictions: Iterable[Prediction], targets: Tensor, total: Tensor | int) -> Tensor:
+    """1/D sum_k CE_k. All are divided by `total`, the head's number of `targets` (V3's T), so that a batch in parts has
+    the loss of the whole.
     """
     losses = []
     for k, (hidden, aimed) in enumerate(predictions, start=1):
-        targets = shift(labels, k + 1, empty=-100).masked_fill(~aimed, -100)
-        losses.append(head_loss(head, hidden, targets))
+        further = shift(targets, k, empty=-100).masked_fill(~aimed, -100)
+        losses.append(head_loss(head, hidden, further))
     return torch.stack(losses).mean() / total
