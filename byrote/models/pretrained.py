@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()
+        if peft := sys.modules.get("peft"):  # LoRA without target_modules goes to the projections of attention
+            targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets.setdefault(config.model_type, ["q_proj", "q_b_proj", "kv_b_proj", "v_proj", "o_proj"])
         super().__init__(config, *inputs, **kwargs)
 
     def post_init(self) -> None:
@@ -90,7 +94,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
         row moves. Tables are to be in RAM.
         """

@@ -1,5 +1,5 @@
-"""Checkpoints: a Hugging Face folder that any tool can load, and beside the weights all that a resumed
-run needs.
+"""Checkpoints: a Hugging Face folder, which transformers opens once byrote is imported, and beside the weights all
+that a resumed run needs.
 
     RUN/checkpoints/step-000200/    config.json, weights, tables, tokenizer
         row_state/                  state of the tables' update rule; of tables in files only pointers are here

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from byrote import EngramForCausalLM
-from tests.models.conftest import VOCABULARY, logits, tables, train
+from tests.models.conftest import VOCABULARY, logits, make, tables, train
+from tests.models.dlcm.conftest import make as make_dlcm
 
 
 def lora(model, **options):
@@ -159,3 +160,23 @@ def test_a_checkpoint_of_trainable_parameters_lacks_the_rows(model, ids, tmp_pat
     torch.testing.assert_close(logits(loaded, ids), expected, atol=1e-6, rtol=0)
     model.load_state_dict(dict(model.named_parameters()), strict=False)  # to and fro, within a training
     assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("build", [make, lambda: make(q_lora_rank=8), make_dlcm], ids=["engram", "low rank", "dlcm"])
+def test_lora_without_target_modules(build, ids):
+    adapted = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM"))
+    found = {name.split(".lora_")[0].rpartition(".")[2] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert found and found <= {"q_proj", "q_b_proj", "kv_b_proj", "v_proj", "o_proj"}
+    adapted(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_prompts_that_are_no_tokens(ids):
+    """Virtual tokens have no ids: without a memory they work, with one the remedy is named."""
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    mask = torch.ones_like(ids)
+    plain = get_peft_model(make(memory_layers=[]), PromptTuningConfig(**options))
+    plain(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    assert plain.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2).shape == (2, 14)
+    for config in (PromptTuningConfig(**options), PrefixTuningConfig(**options)):
+        with pytest.raises(ValueError, match="LoRA"):
+            get_peft_model(make(), config)(input_ids=ids, attention_mask=mask, labels=ids)
