@@ -23,6 +23,12 @@ from byrote.nn.mla import Cache as AttentionCache
 from byrote.nn.mtp import shift
 
 
+# Ids decide which rows are read and what is refused: torch.compile begins its graphs behind that.
+outside = torch.compiler.disable(
+    reason="byrote reads token ids and rows of tables outside of compiled graphs: compile without fullgraph=True"
+)
+
+
 class Entered(NamedTuple):
     """x [B, T, d], the embeddings; mask [B, 1, T, S], as `Inputs.place` gives it; tickets of the memories, by layer."""
 
@@ -49,6 +55,7 @@ class Inputs:
     begins: Tensor | None
 
     @classmethod
+    @outside
     def of(
         cls,
         config: MemoryConfig,
@@ -60,6 +67,7 @@ class Inputs:
         further: dict[str, Any],
     ) -> Inputs:
         """ValueError unless `input_ids` are ids and the rest has their shape. Unknown ids are refused by `enter`."""
+        _check_run()
         if input_ids is None and inputs_embeds is not None and not config.memory_layers:
             input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         if input_ids is None:
@@ -86,6 +94,7 @@ class Inputs:
             position_ids = None
         return cls(config, input_ids, attention_mask, position_ids, cache, past, inputs_embeds, begins)
 
+    @outside
     def enter(self, embed_tokens: nn.Module, memories: MemoryStack | None, state: MemoryState | None) -> Entered:
         """Place the tokens, send for their rows, embed them, and let the decode state know them."""
         sequence, mask = self.place(state)
@@ -172,6 +181,17 @@ class Inputs:
         return sequence.mask(past, nn.functional.pad(key_alive, (0, self._slots - self._known)))
 
 
+def _check_run() -> None:
+    """ValueError under a tool that keeps what one run did as a program."""
+    tool = "torch.jit.trace" if torch.jit.is_tracing() else "torch.export" if torch.compiler.is_exporting() else None
+    if tool is not None:
+        raise ValueError(
+            f"{tool} keeps the operations of one run, and which rows, experts and concepts a token takes follows from "
+            "its ids (tables are no part of such a program, either): share the folder of save_pretrained, and make "
+            "the model faster with torch.compile(model)"
+        )
+
+
 def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
     """What the attention of a layer keeps its keys and values with."""
     if cache is None:
@@ -191,6 +211,7 @@ def targets_of(
     return shift(labels, 1, empty=-100)
 
 
+@outside
 def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
     _check_shape(name, labels, list(input_ids.shape))
     if labels.dtype != torch.int64:
