@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # Threads that wait asleep: on a machine that is doing other things too, spinning ones cost ten times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all hf-suite check gpu clean
+.PHONY: demo test test-all hf-suite check gpu gpu-smoke clean
 
 demo: .venv/.installed
 	$(BIN)/byrote demo
@@ -42,6 +42,10 @@ DEVICE ?= cuda
 OUT ?= runs/gpu
 RUN = PYTHONPATH=. $(PYTHON)
 MEASURE = --device $(DEVICE) --dtype bfloat16 $(if $(QUICK),--quick)
+
+# What a card must show first: at most six minutes. A dry run on a CPU: make gpu-smoke DEVICE=cpu QUICK=1
+gpu-smoke:
+	$(RUN) benchmarks/gpu_smoke.py --device $(DEVICE) --out $(OUT)-smoke $(if $(QUICK),--quick)
 
 gpu:
 	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py

@@ -67,7 +67,8 @@ def check_known(input_ids: Array, vocab_size: int, alive: Array | None = None) -
         row, position = (int(index) for index in xp.argwhere(unknown)[0])
         raise ValueError(
             f"input_ids[{row}, {position}] is {int(input_ids[row, position])}; the vocabulary has the ids "
-            f"0 .. {vocab_size - 1}: mask the position, or use the tokenizer of this vocabulary"
+            f"0 .. {vocab_size - 1}: mask the position, use the tokenizer of this vocabulary, or, where tokens were "
+            "added to it, call model.resize_token_embeddings(len(tokenizer))"
         )
 
 

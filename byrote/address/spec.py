@@ -146,6 +146,20 @@ class AddressSpec:
     def columns(self) -> int:
         return (self.max_order - 1) * self.heads
 
+    @property
+    def most_classes(self) -> int:
+        """How many classes these multipliers leave room for: no product of them with an id reaches 2^63."""
+        return (2**63 - 1) // max(max(layer.multipliers) for layer in self.layers) + 1
+
+    def resized(self, vocabulary: np.ndarray) -> AddressSpec:
+        """The same multipliers and primes, so the same rows of all ids that stay, for another length of the map."""
+        return dataclasses.replace(
+            self,
+            vocab_size=len(vocabulary),
+            compressed_vocab_size=int(vocabulary.max()) + 1,
+            vocabulary_digest=vocabulary_digest(vocabulary),
+        )
+
     def layer(self, layer_id: int) -> LayerAddress:
         for layer in self.layers:
             if layer.layer_id == layer_id:

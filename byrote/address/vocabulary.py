@@ -8,10 +8,11 @@ where the paper says only "NFKC, lowercasing, etc.". Two tokens are in one class
           the decoded text holds U+FFFD (a token that is part of a character).
 
 Classes are numbered 0, 1, 2, ... in the order of their first token. The map is used for addresses alone: a
-model's inputs and targets keep raw ids. Ids beyond `len(tokenizer)` (padding of an embedding matrix) have no
-entry.
+model's inputs and targets keep raw ids. An id that no token has, between those of others, is a class of its own;
+ids behind the last token (padding of an embedding matrix, tokens that are added later) have no entry until
+`resize` gives them one.
 
-Shapes: `compress` returns int64 [len(tokenizer)].
+Shapes: `compress` returns int64 [largest id + 1].
 """
 
 from __future__ import annotations
@@ -56,19 +57,35 @@ def compress(tokenizer: Any) -> np.ndarray:
             f"tokenizer is a {type(tokenizer).__name__} without a Rust backend; "
             "pass a Hugging Face fast tokenizer or a tokenizers.Tokenizer"
         )
-    ids = range(backend.get_vocab_size(with_added_tokens=True))
+    present = backend.get_vocab(with_added_tokens=True).values()
+    if not present:
+        raise ValueError("the tokenizer has no tokens: train it first")
+    ids = range(max(present) + 1)
     texts = backend.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
     return compress_texts(texts, (backend.id_to_token(token_id) for token_id in ids))
 
 
 def compress_texts(texts: Iterable[str], raw_tokens: Iterable[str | None]) -> np.ndarray:
-    """The map P from what every single id decodes to, and from its raw token string."""
-    classes: dict[str, int] = {}
+    """The map P from what every single id decodes to, and from its raw token string; None for an id without a token."""
+    classes: dict[str | int, int] = {}
     compressed = []
-    for text, raw in zip(texts, raw_tokens, strict=True):
-        key = raw if raw is not None and "\ufffd" in text else normalize(text) or text
+    for token_id, (text, raw) in enumerate(zip(texts, raw_tokens, strict=True)):
+        key: str | int = normalize(text) or text
+        if raw is None:
+            key = token_id
+        elif "\ufffd" in text:
+            key = raw
         compressed.append(classes.setdefault(key, len(classes)))
     return np.array(compressed, dtype=np.int64)
+
+
+def resize(vocabulary: np.ndarray, vocab_size: int, most_classes: int) -> np.ndarray:
+    """The map [vocab_size] with further ids, each a class of its own up to `most_classes`, the rest in the last; or cut
+    short.
+    """
+    classes = int(vocabulary.max()) + 1
+    further = np.arange(classes, classes + max(0, vocab_size - len(vocabulary)), dtype=np.int64)
+    return np.concatenate([vocabulary[:vocab_size], further.clip(max=most_classes - 1)])
 
 
 def vocabulary_digest(vocabulary: np.ndarray) -> str:

@@ -104,7 +104,6 @@ def to_deepseek_v3_config(config: EngramConfig, *, backbone_only: bool = False) 
 
 def from_deepseek_v3_config(config: DeepseekV3Config) -> EngramConfig:
     """The same model, without memories, in our words."""
-    rope: Any = config.rope_parameters
     for field, value in FIXED.items():
         found = getattr(config, field, value)
         if found != value:
@@ -128,37 +127,8 @@ def from_deepseek_v3_config(config: DeepseekV3Config) -> EngramConfig:
         **fields,
         memory_layers=[],
         shared_expert_intermediate_size=config.n_shared_experts * config.moe_intermediate_size,
-        rope_theta=float(rope["rope_theta"]),
-        yarn=_yarn(config),
+        rope_parameters=config.rope_parameters,
     )
-
-
-def _yarn(config: DeepseekV3Config) -> dict[str, float] | None:
-    rope: Any = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 or not rope.get("truncate", True):
-        raise ValueError(f"rope_parameters={rope}: byrote has neither partial_rotary_factor nor truncate=False")
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(f"rope_type={kind!r}: byrote has 'default' and 'yarn'; this checkpoint cannot be imported")
-    mscale, everywhere = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
-    length = rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or config.max_position_embeddings / length
-    stated = rope.get("attention_factor")
-    equal = mscale == everywhere != 0 if stated is None else stated == 1.0
-    if not equal:
-        raise ValueError(
-            f"mscale={mscale}, mscale_all_dim={everywhere}, attention_factor={stated}: byrote leaves cos and sin "
-            "alone, which needs equal mscales or attention_factor=1; this checkpoint cannot be imported"
-        )
-    return {
-        "factor": float(factor),
-        "original_length": length,
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
-        "mscale": float(everywhere),
-    }
 
 
 def _check_common(config: Any) -> None:

@@ -3,9 +3,19 @@
     gather(anchor, rows, handle)       -> values [..., W]      forward; `anchor` is what autograd sees of the table
     accumulate(gradient, rows, handle) -> zeros [1]            its backward; the gradient of the anchor
 
-The row gradients leave the graph here: they wait in the table's `Pending` until `optimizer.step` consumes them.
+The row gradients leave the graph here: they wait in the table's `Pending` until an optimizer's step consumes them.
 There is no double backward. A `handle` is a plain integer, so that the two ops can stand in a compiled graph. Rows
 that were asked for ahead of time (`prefetch.py`) are known by the tensor of their ids; `gather` then waits for them.
+
+What becomes of gradients between backward and step becomes of row gradients. When a backward reaches the anchor, a hook
+keeps what arrived and sets the anchor's gradient to `MARK`, a number so small that no norm counts it. Where that is
+found again, at the next backward or at the step, it tells what was done to all gradients meanwhile:
+
+    MARK        nothing                        s * MARK      they were scaled by s, by hand or by a clip of their norm
+    none, 0     they were dropped or zeroed    NaN           they are not finite (`accumulate` tells of those of rows)
+
+A backward that never reaches the anchor (`torch.autograd.grad`, a probe) leaves nothing behind. What is not a factor,
+noise or a norm of its own for each parameter, is refused; clipping each value by its size is not seen.
 """
 
 from __future__ import annotations
@@ -14,6 +24,7 @@ import copy
 import itertools
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,36 +35,129 @@ from byrote.memory.prefetch import Reading, Times, begin, warm
 from byrote.tables.records import sum_rows
 from byrote.tables.table import Table
 
+MARK = 2.0**-80
+LARGEST = 2.0**40  # factor that is believed: what adds noise to gradients leaves another size behind
+
+Part = tuple[Tensor, Tensor, Tensor]  # unique row ids [U], sums [U, W], which of these are not all zero [U]
+
 
 @dataclass(eq=False)
 class Pending:
-    """Row gradients that wait for the optimizer: one float32 sum a row, summed in a fixed order."""
+    """Row gradients that wait for the optimizer: one float32 sum a row, summed in a fixed order.
 
-    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    `anchored`: whether an anchor's hook calls `claim`. What arrives in a backward is then kept if that reaches the
+    anchor; else it is kept at once.
+    """
 
-    def add(self, rows: Tensor, gradient: Tensor) -> None:
-        """Add row gradients [M, W] of row ids [M] (duplicates allowed)."""
-        self.parts.append(sum_rows(rows, gradient.float()))
+    parts: list[Part] = field(default_factory=list)
+    anchored: bool = False
+    _arrived: list[Part] = field(default_factory=list)
+    _bound: int = 0  # rows that the parts may hold before they are summed
+
+    def add(self, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Add row gradients [M, W] of row ids [M] (duplicates allowed); the sums [U, W] of these."""
+        part = sum_rows(rows, gradient.float())
+        if self.anchored:
+            self._arrived.append(part)
+            _at_the_end_of_backward(lambda: self._discard(part))
+        else:
+            self._keep(part)
+        return part[1]
+
+    def claim(self, anchor: Tensor) -> None:
+        """Keep what arrived in the backward that has now reached the anchor."""
+        if not self._arrived:
+            return
+        self.follow(anchor)
+        arrived, self._arrived = self._arrived, []
+        for part in arrived:
+            self._keep(part)
+
+    def follow(self, anchor: Tensor) -> None:
+        """Do to the sums what was done to the anchor's gradient since it was marked, and mark it again.
+
+        RuntimeError if that was something else than a factor.
+        """
+        if not self.anchored:
+            if anchor.grad is None:
+                self.drop()
+            return
+        factor = _factor(anchor.grad) if self.parts else 1.0
+        if not factor:
+            self.parts.clear()
+        elif factor != 1:
+            self.parts = [(rows, _scaled(sums, factor), touched) for rows, sums, touched in self.parts]
+        if anchor.grad is not None:
+            anchor.grad.mul_(0).add_(_mark(anchor.grad.dtype))  # what is not finite becomes NaN
 
     def drop(self) -> None:
         self.parts.clear()
+        self._arrived.clear()
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """Unique ascending row ids [U] and their summed gradients [U, W], and forget them; None if there are none.
+    def sum(self) -> tuple[Tensor, Tensor] | None:
+        """Unique ascending row ids [U] and their summed gradients [U, W]; None if there are none.
 
         A row whose gradient is zero is not among them. It was read where nothing is learned (padding, the last token
         of a row, a masked label), and by the rule a touch ages its moments: padding would leave a trace in training.
         """
-        parts, self.parts = self.parts, []
-        if not parts:
+        if not self.parts:
             return None
-        if len(parts) > 1:
-            rows, gradient, _ = (torch.cat(column) for column in zip(*parts, strict=True))
-            parts = [sum_rows(rows, gradient)]
-        rows, gradient, touched = parts[0]
+        self._merge()
+        rows, gradient, touched = self.parts[0]
         if not touched.any():
             return None
         return (rows, gradient) if touched.all() else (rows[touched], gradient[touched])
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """What `sum` returns, and forget it."""
+        taken = self.sum()
+        self.drop()
+        return taken
+
+    def _keep(self, part: Part) -> None:
+        """Parts are summed when they hold more than twice what they did as one: memory is bounded, at little cost."""
+        if not self.parts:
+            self._bound = 2 * len(part[0])
+        self.parts.append(part)
+        if sum(len(rows) for rows, _, _ in self.parts) > self._bound:
+            self._merge()
+
+    def _merge(self) -> None:
+        if len(self.parts) > 1:
+            rows, gradient, _ = (torch.cat(column) for column in zip(*self.parts, strict=True))
+            self.parts = [sum_rows(rows, gradient)]
+        self._bound = 2 * len(self.parts[0][0])
+
+    def _discard(self, part: Part) -> None:
+        self._arrived = [other for other in self._arrived if other is not part]
+
+
+def _at_the_end_of_backward(call: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+
+
+def _mark(dtype: torch.dtype) -> float:
+    return max(MARK, torch.finfo(dtype).tiny)
+
+
+def _factor(gradient: Tensor | None) -> float:
+    """By what the marked gradient of an anchor was multiplied; 0 where there is none any more."""
+    if gradient is None:
+        return 0.0
+    factor = float(gradient) / _mark(gradient.dtype)
+    if abs(factor - 1) <= 4 * torch.finfo(gradient.dtype).eps:  # the mean over ranks rounds
+        return 1.0
+    if abs(factor) > LARGEST:
+        raise RuntimeError(
+            f"the gradient of a table's anchor is {float(gradient):.3g}: something other than a factor was done to all "
+            "gradients, which row gradients cannot follow. Leave the parameters named *.anchor out of it"
+        )
+    return factor
+
+
+def _scaled(sums: Tensor, factor: float) -> Tensor:
+    """NaN tells of sums that are not finite, and leaves these to be counted; or all gradients were made NaN."""
+    return sums if factor != factor and not sums.isfinite().all() else sums * factor
 
 
 @dataclass(eq=False)
@@ -142,10 +246,12 @@ def _(anchor: Tensor, rows: Tensor, handle: int) -> Tensor:
 
 @torch.library.custom_op("byrote::accumulate", mutates_args=())
 def accumulate(gradient: Tensor, rows: Tensor, handle: int) -> Tensor:
-    """Leave row gradients [..., W] of row ids [...] with the table; zeros [1] for the anchor."""
+    """Leave row gradients [..., W] of row ids [...] with the table; zeros [1] for the anchor, NaN if not all finite."""
     lookup = _lookups[handle]
-    lookup.pending.add(rows.reshape(-1), gradient.reshape(-1, lookup.table.width))
-    return torch.zeros(1, device=gradient.device)
+    sums = lookup.pending.add(rows.reshape(-1), gradient.reshape(-1, lookup.table.width))
+    if not sums.numel():
+        return torch.zeros(1, device=gradient.device)
+    return torch.stack(torch.aminmax(sums)).sum().mul(0).reshape(1)
 
 
 @accumulate.register_fake

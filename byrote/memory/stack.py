@@ -8,6 +8,7 @@ what belongs into a `state_dict`: the vocabulary map, and for each table an anch
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from byrote.address.hashing import canonical_ids, hash_rows, windows
 from byrote.address.spec import DEAD, AddressSpec
+from byrote.address.vocabulary import resize
 from byrote.memory.lookup import Lookup, Ticket
 from byrote.memory.sequence import NO_POSITION, Sequence
 from byrote.memory.state import Field, MemoryState
@@ -24,6 +26,8 @@ from byrote.tables.placements.open import POINTER, move
 from byrote.tables.table import Table
 
 UNSET = -1
+
+alive: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()  # by their ids, as they came
 
 
 class Memory(nn.Module):
@@ -42,6 +46,8 @@ class Memory(nn.Module):
         self.register_buffer("generation", torch.zeros(1, dtype=torch.int64))
         self.lookup = Lookup(table)
         self._checked: tuple[int, int, int] | None = None
+        self._hooked: weakref.ref[Tensor] | None = None  # the anchor that has our hook
+        alive[id(self)] = self
 
     @property
     def table(self) -> Table:
@@ -55,7 +61,25 @@ class Memory(nn.Module):
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
         self._check_generation()
+        if self.anchor.requires_grad and torch.is_grad_enabled():
+            self._hook_anchor()
         return Ticket(rows, self.anchor, self.lookup, self.lookup.begin(rows))
+
+    def _hook_anchor(self) -> None:
+        """See to it that the row gradients follow what becomes of the anchor's gradient."""
+        anchor = self.anchor
+        self.lookup.pending.anchored = anchor.is_leaf  # that of a functional call need not be
+        if not anchor.is_leaf or (self._hooked is not None and self._hooked() is anchor):
+            return
+        memory = weakref.ref(self)
+
+        def claim(anchor: Tensor) -> None:
+            if (found := memory()) is not None:
+                found.lookup.pending.claim(anchor)
+
+        anchor.register_post_accumulate_grad_hook(claim)
+        self._hooked = weakref.ref(anchor)
+        alive[id(self)] = self  # once more, for a copy
 
     def commit(self) -> None:
         """Close one step of row updates, here and in the table."""
@@ -98,6 +122,19 @@ class MemoryStack(nn.Module):
         )
         self.is_checkpoint: Callable[[Path], bool] = nowhere  # of the training that goes on
         self._checked: tuple[int, int] | None = None
+
+    def resize(self, vocab_size: int) -> None:
+        """Know so many ids: each new one as a class of its own while the multipliers leave room, then in the last.
+
+        Rows stay where they are. ValueError where tables are in files, which name their vocabulary.
+        """
+        self._check_vocabulary()
+        vocabulary = resize(self.vocabulary.cpu().numpy(), vocab_size, self.spec.most_classes)
+        spec = self.spec.resized(vocabulary)
+        for _, memory in self.items():
+            memory.table.readdress(spec.digest)
+        self.spec, self._known = spec, vocabulary
+        self.vocabulary = torch.from_numpy(vocabulary.copy()).to(self.vocabulary.device)
 
     def known_vocabulary(self) -> Tensor:
         """The map that this stack was made with, int64 [V]; UNSET where it is to come with the weights."""

@@ -19,12 +19,16 @@ times heads.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
+from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
 from byrote.address import CONTRACTS, AddressSpec
+from byrote.address.vocabulary import resize
+from byrote.models.words import OF_GENERATION, ROPE, SETTLED, check_word, is_known, nearest, rope_fields
 from byrote.tables.codecs import CODECS
 
 # Annotations are objects here, and in the files of subclasses, because transformers reads them: no
@@ -48,6 +52,8 @@ class MemoryConfig(PreTrainedConfig):
     rope_theta: float = 10000.0
     max_position_embeddings: int = 4096
     num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 32
+    shared_expert_intermediate_size: int = 32
     router_bias_update_rate: float = 0.001
     balance_loss_alpha: float = 1e-4
     num_streams: int = 1
@@ -72,10 +78,47 @@ class MemoryConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
     use_cache: bool = True
 
-    def __post_init__(self, vocabulary: np.ndarray | None = None, **kwargs: Any) -> None:
+    def __post_init__(self, vocabulary: np.ndarray | None = None, **words: Any) -> None:
         self.memory_layers = list(self.memory_layers or [])
         self.memory_table_sizes = [1024, 1024] if self.memory_table_sizes is None else list(self.memory_table_sizes)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**self._read(words))
+        self.check(vocabulary)
+
+    def _read(self, words: dict[str, Any]) -> dict[str, Any]:
+        """Take what is said in the words of others; return what is for transformers to read."""
+        for name in ROPE:
+            for field, value in rope_fields(words.get(name) or {}, self.max_position_embeddings).items():
+                if not hasattr(self, field):
+                    raise ValueError(f"{name}={words[name]!r}: a {type(self).__name__} has no {field}; leave it out")
+                setattr(self, field, value)
+        implied = {"model_type": self.model_type, **self._implied()}
+        for name, value in words.items():
+            check_word(name, value, implied, self.own_fields())
+        return {name: value for name, value in words.items() if is_known(name) and name not in {*ROPE, *SETTLED}}
+
+    def _implied(self) -> dict[str, Any]:
+        """Words of other families, and what follows for them from our fields."""
+        return {"n_shared_experts": self.shared_expert_intermediate_size / max(1, self.moe_intermediate_size)}
+
+    def check(self, vocabulary: np.ndarray | None = None) -> None:
+        """ValueError or TypeError where fields cannot be, or not together; derive the addresses if they are not there.
+
+        A model calls it too, since fields may have been set after the config was made.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.own_fields() and not (field.type is float and type(value) is int):
+                type_validator(field.name, value, field.type)
+        for name in ("router_bias_update_rate", "balance_loss_alpha", "initializer_range", "memory_initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                self._refuse(name, "a finite number, 0 or more")
+        for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings", "vocab_size"):
+            if not 0 < getattr(self, name) < math.inf:
+                self._refuse(name, "a finite number above 0")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            if any(each < 0 for each in (ids if isinstance(ids, list) else [ids]) if each is not None):
+                self._refuse(name, f"a token id below vocab_size={self.vocab_size}, or None for no such token")
         self._check()
         if self.memory_layers:
             self._settle_address(vocabulary)
@@ -83,6 +126,25 @@ class MemoryConfig(PreTrainedConfig):
     def _check(self) -> None:
         """ValueError where fields cannot be, or not together."""
         raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but what is given beside a file is checked together with what is in it.
+
+        Of the file, a word that is like no field is kept: tools leave notes of their own there.
+        """
+        fields = cls.own_fields()
+        beside = {name: kwargs.pop(name) for name in (*fields, *ROPE, *SETTLED) if name in kwargs}
+        said, common = {**config_dict, **beside}, {each.name for each in dataclasses.fields(cls)}
+        notes = {
+            name: said.pop(name)
+            for name in list(said)
+            if not (name in common or name in OF_GENERATION or is_known(name) or nearest(name, fields, cutoff=0.8))
+        }
+        found = super().from_dict(said, **kwargs)
+        for name, value in notes.items():
+            setattr(found[0] if isinstance(found, tuple) else found, name, value)
+        return found
 
     @classmethod
     def own_fields(cls) -> list[str]:
@@ -114,21 +176,25 @@ class MemoryConfig(PreTrainedConfig):
 
     def _settle_address(self, vocabulary: np.ndarray | None) -> None:
         if self.address is None or vocabulary is not None:
-            vocabulary = np.arange(self.vocab_size) if vocabulary is None else vocabulary
-            if len(vocabulary) != self.vocab_size:
+            vocabulary = np.arange(self.vocab_size) if vocabulary is None else np.asarray(vocabulary)
+            if len(vocabulary) > self.vocab_size:
                 raise ValueError(
-                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: they must be equal"
+                    f"vocabulary maps {len(vocabulary)} ids, vocab_size is {self.vocab_size}: it must be as "
+                    "many or more"
                 )
-            self.address = self._make_spec(vocabulary).to_dict()
-        spec = self.spec
-        assert spec is not None
+            spec = self._make_spec(vocabulary)
+            if len(vocabulary) < self.vocab_size:  # an embedding wider than its tokenizer
+                spec = spec.resized(resize(vocabulary, self.vocab_size, spec.most_classes))
+            self.address = spec.to_dict()
+        settled = self.spec
+        assert settled is not None
         claims = {
-            "memory_contract": (self.memory_contract, spec.contract),
-            "memory_layers": (self.memory_layers, [layer.layer_id for layer in spec.layers]),
-            "memory_heads": (self.memory_heads, spec.heads),
-            "memory_table_sizes": (len(self.memory_table_sizes) + 1, spec.max_order),
-            "memory_seed": (self.memory_seed, spec.seed),
-            "vocab_size": (self.vocab_size, spec.vocab_size),
+            "memory_contract": (self.memory_contract, settled.contract),
+            "memory_layers": (self.memory_layers, [layer.layer_id for layer in settled.layers]),
+            "memory_heads": (self.memory_heads, settled.heads),
+            "memory_table_sizes": (len(self.memory_table_sizes) + 1, settled.max_order),
+            "memory_seed": (self.memory_seed, settled.seed),
+            "vocab_size": (self.vocab_size, settled.vocab_size),
         }
         for field, (configured, addressed) in claims.items():
             if configured != addressed:
@@ -138,11 +204,11 @@ class MemoryConfig(PreTrainedConfig):
                 )
         # The sizes do not depend on the vocabulary, so any will do.
         expected = [layer.primes for layer in self._make_spec(np.arange(self.vocab_size)).layers]
-        if expected != [layer.primes for layer in spec.layers]:
+        if expected != [layer.primes for layer in settled.layers]:
             raise ValueError(
                 f"memory_table_sizes={self.memory_table_sizes} would give layers of "
                 f"{[sum(map(sum, primes)) for primes in expected]} rows, the address spec has "
-                f"{[layer.rows for layer in spec.layers]}: drop `address` to derive it anew, or give back the sizes"
+                f"{[layer.rows for layer in settled.layers]}: drop `address` to derive it anew, or give back the sizes"
             )
 
     def _make_spec(self, vocabulary: np.ndarray) -> AddressSpec:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import nn
 
-from byrote.address.vocabulary import vocabulary_digest
+from byrote.address.vocabulary import resize, vocabulary_digest
 from byrote.memory import MemoryStack
 from byrote.memory.state import Field
 from byrote.models.block import Block
@@ -23,6 +23,8 @@ def make_memories(config: MemoryConfig, vocabulary: np.ndarray | None) -> Memory
     identity = np.arange(config.vocab_size)
     if vocabulary is None and vocabulary_digest(identity) == spec.vocabulary_digest:
         vocabulary = identity
+    elif vocabulary is not None:  # an embedding may be wider than its tokenizer
+        vocabulary = resize(vocabulary, max(len(vocabulary), spec.vocab_size), spec.most_classes)
 
     def make_table(num_rows: int, layer_id: int) -> RamTable:
         return RamTable(

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from byrote.memory import MemoryStack
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
+from byrote.models.words import nearest
 from byrote.nn.boundary import BoundaryHead
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.router import Router
@@ -38,6 +39,10 @@ class MemoryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *inputs, **kwargs)
 
     def post_init(self) -> None:
         # By what this model has, since a name that nothing bears keeps nothing exact.
@@ -71,6 +76,22 @@ class MemoryPreTrainedModel(PreTrainedModel):
         super().zero_grad(set_to_none)
         if self.memory_stack is not None:
             self.memory_stack.drop_pending()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
+        row moves. Tables are to be in RAM.
+        """
+        size, step = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        size = -(-size // step) * step
+        pad = self.config.memory_pad_token_id
+        if self.memory_stack is not None and size != self.config.vocab_size:
+            if size <= pad:
+                raise ValueError(f"{size} tokens would be without memory_pad_token_id={pad}: keep at least {pad + 1}")
+            self.memory_stack.resize(size)
+            self.config.address = self.memory_stack.spec.to_dict()
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
@@ -125,6 +146,10 @@ class MemoryPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"placement={placement!r} opens tables of a folder: name one, or leave placement out")
             return super().from_pretrained(None, *args, **kwargs)
         check_placement(placement, cache)  # before anything is loaded
+        fields = cls.config_class.own_fields()  # type: ignore[union-attr]
+        for word in kwargs:
+            if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
+                raise ValueError(f"{word} is no field of the config: did you mean {near}?")
         if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")

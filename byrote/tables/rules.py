@@ -24,6 +24,10 @@ Row-wise Adagrad (Duchi et al. 2011, with one sum a row as in FBGEMM and DLRM; 4
 
     v <- v + mean(g^2)              row <- row - lr * g / (sqrt(v) + eps)
 
+Gradient descent, for rows under `torch.optim.SGD`; with mu = 0 there is no state:
+
+    m <- mu m + (1 - dampening) g    (the first time m <- g)       row <- row - lr * m    or    row - lr * (g + mu m)
+
 Momentum with Sinkhorn balancing (DeepSeek-V4.1 report, sections 2.5, 3.1.3 and 4.2.2), over the U touched rows:
 
     M <- b M + (1 - b) G            U <- b M + (1 - b) G                (Nesterov)
@@ -155,6 +159,26 @@ class RowAdagrad(RowRule):
         gradient = _clipped(gradient, self.max_norm)
         arrays = values, ids, state["sum_sq"], entries, gradient
         _loops().update_adagrad(*_addresses(arrays), *gradient.shape, self.eps, rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSGD(RowRule):
+    """Gradient descent, with momentum per row that waits from one touch to the next; else as `torch.optim.SGD`."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    def fields(self, width: int) -> StateFields:
+        return {"velocity": (width,), "touches": ()} if self.momentum else {}
+
+    def update(self, values: Tensor, state: RowState, gradient: Tensor, rate: float) -> tuple[Tensor, RowState]:
+        if not self.momentum:
+            return torch.add(values, gradient, alpha=-rate), {}
+        share = torch.where(state["touches"] > 0, 1 - self.dampening, 1.0)[:, None]
+        velocity = state["velocity"] * self.momentum + gradient * share
+        step = gradient + velocity * self.momentum if self.nesterov else velocity
+        return torch.add(values, step, alpha=-rate), {"velocity": velocity, "touches": state["touches"] + 1}
 
 
 @dataclass(frozen=True, kw_only=True)

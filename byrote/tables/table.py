@@ -126,6 +126,13 @@ class Table(ABC):
     def collect(self, pointers: Iterable[Path]) -> None:
         """Drop from disk what none of the `pointers`, which `checkpoint` wrote, leads to."""
 
+    def readdress(self, digest: str) -> None:
+        """Belong to another address spec, by which ids lead to the same rows; ValueError where files say otherwise."""
+        raise ValueError(
+            f"a {type(self).__name__} belongs to the vocabulary that its files name: open the model with "
+            "placement='host', resize and save it, and open what was saved"
+        )
+
     def place(self, table: Any) -> Table:
         """The same rows as `table` has in RAM, where this table is."""
         return table
@@ -146,7 +153,8 @@ class Table(ABC):
         if rule.compiled and self.device == CPU:
             rows, gradient, step = rows.cpu(), gradient.cpu().contiguous(), rule.step
         values, state = self.read(rows), self.read_state(rows, rule.fields(self.width))
-        self.write(rows, *step(values, state, gradient, rate))
+        values, state = step(values, state, gradient, rate)
+        self.write(rows, values, state or None)  # nothing is kept for a rule without state
 
     def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Unique ascending rows [U] and gradients [U, W] of this rank -> those it has to apply, means over the ranks.

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.optim import Optimizer
 
+from byrote.memory.row_step import rule_of
 from byrote.memory.stack import nowhere
 from byrote.tables.placements.logged import POINTER, LoggedTable, open_base
-from byrote.tables.rules import RowRule
 from byrote.tables.table import Table
 
 
@@ -32,11 +33,12 @@ def tables(model: Any) -> dict[int, Table]:
     return {} if stack is None else {layer: memory.table for layer, memory in stack.items()}
 
 
-def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
+def begin(model: Any, run: Path, optimizer: Optimizer, checkpoints: str) -> None:
     """Write the model's tables to the run folder, and train them from there."""
     refuse_processes()
     if model.memory_stack is None:
         return
+    rules = {layer: rule_of(optimizer, memory) for layer, memory in model.memory_stack.items()}
     folder = run / "tables"
     if folder.exists():
         raise ValueError(f"{folder} is there already: resume the run, or delete that folder to start another")
@@ -47,7 +49,8 @@ def begin(model: Any, run: Path, rule: RowRule, checkpoints: str) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         base = open_base(path)
-        memory.table = LoggedTable.create(base, folder / f"layer-{layer}", rule.fields(base.width), f"../{path.name}")
+        fields = rules[layer].fields(base.width)
+        memory.table = LoggedTable.create(base, folder / f"layer-{layer}", fields, f"../{path.name}")
     mark_checkpoints(model, run, checkpoints)
 
 

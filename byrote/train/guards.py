@@ -17,13 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byrote.memory import Memory, MemoryStack
+from byrote.memory import Memory, MemoryStack, TableWarning
 
 PATIENCE, EVERY, SAMPLE, GROWTH = 100, 10, 256, 100.0
-
-
-class TableWarning(UserWarning):
-    """A table that trains badly, or not at all."""
 
 
 @dataclass

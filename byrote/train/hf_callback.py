@@ -2,13 +2,15 @@
 
 The Trainer saves tables by itself (they belong to `save_pretrained`) but brings back only the backbone: on resume and
 when it reloads the best model. The callback has the row state saved with them, and then brings back both. Without it
-the first forward after such a reload raises, because the backbone's generation is not the table's.
+the first forward after such a reload raises, because the backbone's generation is not the table's. The optimizer may be
+`byrote.train.Optimizer`, the Trainer's own, or any other that moves rows (`byrote.memory.row_step`).
 
     OUTPUT_DIR/checkpoint-200/           rows and row state; with placement="file" a pointer of a line a table
                tables/                   with placement="file": the base, written once, and the log of changed rows
 
-All of that is written by `save_pretrained`, before the Trainer removes older checkpoints; with "file" (`filetables.py`)
-what those alone pointed to is collected afterwards. A crash in between leaves more than is needed, never less.
+All of that is written by `save_pretrained`, before the Trainer removes older checkpoints. With "file"
+(`file_tables.py`) what those alone pointed to is collected afterwards. A crash in between leaves more than is needed,
+never less.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from byrote.memory import Memory
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.tables.placements.open import POINTER
 from byrote.train import file_tables as filetables
-from byrote.train.optimizer import Optimizer
 
 FOLDERS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
@@ -82,9 +83,7 @@ class TableCallback(TrainerCallback):
                 filetables.resume(found, run, FOLDERS)
         elif self._from_files:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
-            if not isinstance(optimizer, Optimizer):
-                raise ValueError("placement='file' needs the row rule: Trainer(optimizers=(Optimizer(model), None))")
-            filetables.begin(found, run, optimizer.rule, FOLDERS)
+            filetables.begin(found, run, optimizer, FOLDERS)
 
     def on_train_end(  # type: ignore[override]
         self,

@@ -18,14 +18,16 @@ schedule that holds the inner groups then moves nothing. Here every kind reads i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from byrote.memory import Memory, MemoryStack
+from byrote.memory.row_step import Move, take_moves
 from byrote.nn.engram import Engram
 from byrote.nn.moe import Experts
 from byrote.nn.router import Router
@@ -34,18 +36,23 @@ from byrote.train.guards import Guards
 from byrote.train.muon import Muon
 from byrote.train.mup import MuP
 
+RATE_OF_BIAS = "router_bias_update_rate"
+
 
 class Optimizer(torch.optim.Optimizer):
     """For any model that holds `byrote.memory.Memory` modules; also for one that holds none.
 
     `row_rate`: the tables' rate as a multiple of `lr` (Engram paper, table 5: 5). `row_max_norm`: bound on the norm of
     one row's gradient. `row_rule`: adam, adagrad or sinkhorn (`byrote.tables.rules`). `router_bias_rate`: step of the
-    loss-free balance (DeepSeek-V3 section 4.2: 0.001). `muon`: the rule of the hidden matrices, AdamW's where there is
-    none; `muon_rate`: their rate as a multiple of `lr`. `mup`: rates and eps by width, of a model with `mup_groups`.
+    loss-free balance; by default the config's `router_bias_update_rate` (DeepSeek-V3 section 4.2: 0.001). `muon`: the
+    rule of the hidden matrices, AdamW's where there is none; `muon_rate`: their rate as a multiple of `lr`. `mup`:
+    rates and eps by width, of a model with `mup_groups`; by default those of a config with `mup_base_width`, None for
+    none. ValueError where a number is negative or not finite.
 
     After a step, `rows_touched` counts the rows that it changed and `max_violation` is the mean MaxVio of the routers.
     """
 
+    moves_rows = True  # in its own step: `byrote.memory.row_step` leaves it alone
     _step_supports_amp_scaling = True  # so that a GradScaler hands itself to `step`, where it is refused
 
     def __init__(
@@ -59,11 +66,22 @@ class Optimizer(torch.optim.Optimizer):
         row_rate: float = 5.0,
         row_max_norm: float | None = None,
         row_rule: str = "adam",
-        router_bias_rate: float = 0.001,
+        router_bias_rate: float | None = None,
         muon: Muon | None = None,
         muon_rate: float = 1.0,
-        mup: MuP | None = None,
+        mup: MuP | Literal["config"] | None = "config",
     ) -> None:
+        config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), RATE_OF_BIAS)), None)
+        if router_bias_rate is None:
+            router_bias_rate = 0.001 if config is None else getattr(config, RATE_OF_BIAS)
+        if mup == "config":  # a wrapper, as that of an adapter, has parameters without a place
+            mup = MuP() if hasattr(type(model), "mup_groups") and getattr(config, "mup_base_width", None) else None
+        _check_numbers(
+            lr=lr, eps=eps, weight_decay=weight_decay, row_rate=row_rate, router_bias_rate=router_bias_rate,
+            muon_rate=muon_rate,
+        )  # fmt: skip
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas}; both must lie in [0, 1), as (0.9, 0.95)")
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.router_bias_rate = router_bias_rate
@@ -104,14 +122,15 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        row_gradients = self._take_row_gradients()  # raises before anything has moved
+        free = [memory for memory in self.memories if memory.anchor.requires_grad]
+        moves = take_moves(dict.fromkeys(free, self.rule))  # raises before anything has moved
         for group in self.param_groups:
             if group["kind"] == "adamw":
                 self._step_adamw(group)
             elif group["kind"] == "muon":
                 self._step_muon(group)
-        self._step_rows(row_gradients)
-        self.guards.look({memory: rows for memory, rows, _, _ in row_gradients})
+        self._step_rows(moves)
+        self.guards.look({move.memory: move.rows for move in moves})
         if self.routers:
             # A frozen router stays as it is, bias and all: an adapter is saved without it.
             rates = [self.router_bias_rate if router.weight.requires_grad else 0.0 for router in self.routers]
@@ -200,44 +219,19 @@ class Optimizer(torch.optim.Optimizer):
             length = group["lr"] * self.muon.length(parameter.shape, group["blocks"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-length)
 
-    def _take_row_gradients(self) -> list[tuple[Memory, Tensor, Tensor, int]]:
-        """Of each memory that moves: row ids and gradients that this rank applies, and how many rows move in all.
-
-        RuntimeError, on all ranks, if a gradient is not finite.
-        """
-        taken = []
-        for memory in self.memories:
-            pending = memory.lookup.pending
-            if not memory.anchor.requires_grad:
-                continue
-            if memory.anchor.grad is None:
-                pending.drop()  # the gradients were zeroed through a wrapper, which knows only the anchor
-            rows, gradient = pending.take() or _nothing(memory.anchor, memory.table.width)
-            taken.append((memory, *memory.table.exchange(rows, gradient)))
-        # After the exchange of all of them: a rank that raised alone would leave the others waiting for it.
-        moved = []
-        for memory, rows, gradient in taken:
-            total, bad = memory.table.totals(len(rows), _not_finite(gradient))
-            if total:
-                memory.table.check_rule(self.rule)
-            if bad:
-                raise RuntimeError(
-                    f"{bad} of {total} row gradients are not finite; nothing was changed. "
-                    "Lower the learning rate, or zero the gradients and skip this batch"
-                )
-            if total:
-                moved.append((memory, rows, gradient, total))
-        return moved
-
-    def _step_rows(self, row_gradients: list[tuple[Memory, Tensor, Tensor, int]]) -> None:
+    def _step_rows(self, moves: list[Move]) -> None:
         rates = {id(p): g["lr"] for g in self.param_groups if g["kind"] == "rows" for p in g["params"]}
-        self.rows_touched = 0
-        for memory, rows, gradient, total in row_gradients:
-            if len(rows):  # a rank may have none of those that moved
-                memory.table.update(self.rule, rows, gradient, rates[id(memory.anchor)])
-            memory.commit()
-            self.rows_touched += total
-            self.state[memory.anchor]["step"] = self.state[memory.anchor].get("step", 0) + 1
+        self.rows_touched = sum(move.total for move in moves)
+        for move in moves:
+            anchor = move.memory.anchor
+            move.apply(rates[id(anchor)])
+            self.state[anchor]["step"] = self.state[anchor].get("step", 0) + 1
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}; give a finite number, 0 or above")
 
 
 def _hidden_matrices(model: nn.Module) -> dict[int, int]:
@@ -252,14 +246,3 @@ def _hidden_matrices(model: nn.Module) -> dict[int, int]:
         head = find_head() if find_head else None
         blocks.pop(id(getattr(head, "weight", None)), None)
     return blocks
-
-
-def _not_finite(gradient: Tensor) -> int:
-    """How many rows hold a number that is not finite."""
-    if not len(gradient) or torch.stack(torch.aminmax(gradient)).isfinite().all():  # both are NaN if anything is
-        return 0
-    return int((~gradient.isfinite()).any(dim=1).sum())
-
-
-def _nothing(anchor: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return anchor.new_empty(0, dtype=torch.int64), anchor.new_empty(0, width, dtype=torch.float32)

@@ -30,7 +30,6 @@ from byrote.train.checkpoint import FOLDERS, align, latest, sharded
 from byrote.train.evaluate import Validation
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
-from byrote.train.mup import MuP
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.recipe import Recipe
@@ -59,10 +58,8 @@ def build_optimizer(recipe: Recipe, model: CausalLM) -> Optimizer:
         weight_decay=settings.weight_decay,
         row_rate=settings.row_rate,
         row_rule=settings.row_rule,
-        router_bias_rate=model.config.router_bias_update_rate,
         muon=Muon(coefficients=settings.muon_coefficients) if settings.optimizer == "muon" else None,  # type: ignore[arg-type]
         muon_rate=settings.muon_rate,
-        mup=MuP() if getattr(model.config, "mup_base_width", None) else None,
     )
 
 
@@ -143,7 +140,7 @@ def make_trainer(
         if checkpoint:
             filetables.resume(model, run, FOLDERS)
         else:
-            filetables.begin(model, run, optimizer.rule, FOLDERS)
+            filetables.begin(model, run, optimizer, FOLDERS)
     return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
 
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
+from byrote.memory import Memory
 from byrote.train import file_tables as filetables
 from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint, sharded
 from byrote.train.evaluate import Score, Validation, evaluate, loss_options
@@ -189,8 +190,7 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(sums)
         loss, mtp_loss, concepts = (sums / self.world).tolist()
-        clip = self.recipe.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        norm = self._clip()
         if not math.isfinite(norm):
             raise ValueError(
                 f"the gradient is not finite at step {self.step + 1} (loss {loss:.4g}); "
@@ -205,6 +205,14 @@ class Trainer:
         self.seconds += took
         self._log(loss, mtp_loss, concepts * self.world, float(rates[0]), norm, took)
         return (self.signals.noted or "a signal") if stopped else BUDGET if overdue else ""
+
+    def _clip(self) -> float:
+        """Clip the dense gradient by its norm, which is returned. Rows follow their anchors, and are left out."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        anchors = {id(memory.anchor) for memory in self.model.modules() if isinstance(memory, Memory)}
+        dense = [p for p in self.model.parameters() if id(p) not in anchors]
+        nn.utils.clip_grads_with_norm_(dense, self.recipe.clip or math.inf, norm)
+        return float(norm)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         rows = len(batch["input_ids"])

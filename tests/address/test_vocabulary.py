@@ -1,6 +1,8 @@
+import json
+
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from byrote.address import compress, normalize, vocabulary_digest
@@ -49,3 +51,35 @@ def test_wrapper_and_backend_give_one_map():
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(ValueError, match="fast tokenizer"):
         compress(object())
+
+
+def _words(ids: dict[str, int], kind: str = "wordlevel") -> Tokenizer:
+    """A tokenizer of whole words, with these ids."""
+    model = (
+        models.WordPiece(ids, unk_token="<unk>") if kind == "wordpiece" else models.WordLevel(ids, unk_token="<unk>")
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["wordlevel", "wordpiece"])
+def test_ids_with_holes(kind):
+    """The map goes to the largest id; an id that no token has is like no other."""
+    ids = {"<unk>": 0, "the": 1, "The": 4, "THE": 9}
+    mapped = compress(_words(ids, kind))
+    assert mapped.tolist() == [0, 1, 2, 3, 1, 4, 5, 6, 7, 1]
+
+
+def test_added_tokens_far_behind_the_others():
+    content = json.loads(_words({"<unk>": 0, "the": 1}).to_str())
+    about = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [{"id": 6, "content": "<|tool|>", "special": True, **about}]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    mapped = compress(tokenizer)
+    assert len(mapped) == 1 + max(tokenizer.encode("the <|tool|>").ids) == len(set(mapped.tolist()))
+
+
+def test_a_tokenizer_without_tokens():
+    with pytest.raises(ValueError, match="has no tokens: train it first"):
+        compress(Tokenizer(models.BPE()))

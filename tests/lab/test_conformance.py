@@ -183,7 +183,7 @@ def test_other_names_layers_and_orders(changed_hash):
         data["format"], data["format_version"] = "engram-hash-golden", 1
 
     [_, case] = check_hash_file(changed_hash(change))
-    assert case.passed and case.compared == 3 + 7 + 2
+    assert case.passed and case.compared == 4 + 7 + 2
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,8 @@ def test_a_changed_address_is_refused():
 
 
 def test_vocabularies(folded):
-    with pytest.raises(ValueError, match="vocabulary maps 64 ids, vocab_size is 512"):
-        EngramConfig(memory_layers=[1], vocabulary=folded)
+    with pytest.raises(ValueError, match="vocabulary maps 64 ids, vocab_size is 63: it must be as many or more"):
+        EngramConfig(memory_layers=[1], vocabulary=folded, vocab_size=63)
     config = EngramConfig.from_preset("nano", vocabulary=folded)
     with pytest.raises(ValueError, match="pass the map of the tokenizer"):
         EngramForCausalLM(config, np.arange(VOCABULARY))

@@ -9,6 +9,7 @@ from byrote.tables.codecs import CODECS
 from byrote.tables.placements import device
 from byrote.tables.placements.device import DeviceTable
 from byrote.tables.placements.file import FileTable
+from byrote.tables.placements.open import PLACEMENTS, Placement
 from byrote.train.optimizer import Optimizer
 from tests.tables.alike import assert_same_files, update_alike
 
@@ -75,7 +76,8 @@ def test_an_accelerator_is_needed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"torch sees none here: use placement='host'"):
         EngramForCausalLM.from_pretrained(tmp_path / "model", placement="device")
     monkeypatch.undo()
-    monkeypatch.setattr("byrote.models.pretrained.accelerator", lambda: torch.device("cpu"))
+    on_cpu = Placement(lambda tables, _: [DeviceTable.of(table, "cpu") for table in tables])
+    monkeypatch.setitem(PLACEMENTS, "device", on_cpu)
     table = EngramForCausalLM.from_pretrained(tmp_path / "model", placement="device").memory_stack.items()[0][1].table
     assert isinstance(table, DeviceTable) and table.device == torch.device("cpu")
 
@@ -85,7 +87,7 @@ def test_only_tables_in_ram_move(tmp_path):
     model.save_pretrained(tmp_path)
     opened = EngramForCausalLM.from_pretrained(tmp_path, placement="file")
     assert isinstance(opened.memory_stack.items()[0][1].table, FileTable)
-    with pytest.raises(ValueError, match="table 1 is a FileTable; only tables in RAM"):
+    with pytest.raises(ValueError, match="a FileTable cannot be moved: only tables in RAM"):
         opened.memory_stack.move("device", "cpu")
 
 

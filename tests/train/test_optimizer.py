@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.nn.engram import Engram
@@ -69,10 +70,11 @@ def test_row_gradients_that_are_not_finite_change_nothing():
     pending = model.model.memories.memories["2"].lookup.pending
     rows, gradient, touched = pending.parts[0]
     pending.parts[0] = (rows, gradient.index_fill(0, torch.tensor([0]), float("nan")), touched)
-    with pytest.raises(RuntimeError, match="row gradients are not finite; nothing was changed"):
-        optimizer.step()
-    for name, value in everything(model).items():
-        assert torch.equal(value, before[name]), name
+    for _ in range(2):  # a second step is refused as the first
+        with pytest.raises(RuntimeError, match=r"1 of .* row gradients are not finite; nothing was changed"):
+            optimizer.step()
+        for name, value in everything(model).items():
+            assert torch.equal(value, before[name]), name
     optimizer.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()  # and training goes on
@@ -97,6 +99,27 @@ def test_a_step_without_a_backward_moves_no_row():
     optimizer.step()
     assert optimizer.rows_touched == 0
     assert all(memory.table.generation == 0 for _, memory in model.model.memories.items())
+
+
+def test_what_is_not_given_is_as_the_config_says():
+    model = make(router_bias_update_rate=0.25)
+    assert Optimizer(model).router_bias_rate == 0.25 and Optimizer(nn.Sequential(model)).router_bias_rate == 0.25
+    assert Optimizer(model, router_bias_rate=0.0).router_bias_rate == 0.0
+    assert Optimizer(nn.Linear(2, 2)).router_bias_rate == 0.001
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "row_rate", "router_bias_rate", "muon_rate"])
+def test_numbers_that_cannot_be_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; give a finite number"):
+        Optimizer(nn.Linear(2, 2), **{name: value})
+
+
+@pytest.mark.parametrize("betas", [(-0.1, 0.9), (0.9, 1.0), (float("nan"), 0.9)])
+@pytest.mark.parametrize("rule", ["adam", "adagrad"])
+def test_betas_that_cannot_be_are_refused(betas, rule):
+    with pytest.raises(ValueError, match=r"betas .*must lie in \[0, 1\)"):
+        Optimizer(nn.Linear(2, 2), betas=betas, row_rule=rule)
 
 
 def test_kinds_and_decay():

@@ -130,6 +130,24 @@ def test_a_run_can_be_resumed_again_and_again(tmp_path, placement):
         assert_same(snapshot(resumed), expected)
 
 
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_the_trainers_own_optimizer_moves_rows_and_resumes(tmp_path, placement):
+    def run(model, **options):
+        run = trainer(model, tmp_path, placement=placement, save_strategy="steps", save_steps=1, max_steps=3)
+        run.optimizer = None  # the Trainer makes AdamW
+        run.train(**options)
+        return snapshot(model)
+
+    before = snapshot(make())
+    expected = run(make())
+    assert all(not torch.equal(expected[f"rows.{layer}"], before[f"rows.{layer}"]) for layer in (1, 2))
+    assert all(expected[f"touches.{layer}"].any() for layer in (1, 2))
+    for last in (1, 2):
+        for later in range(last + 1, 4):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}", ignore_errors=True)
+        assert_same(run(make(seed=9), resume_from_checkpoint=True), expected)
+
+
 def test_a_run_whose_best_model_came_back_can_be_resumed(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     best = {**saving, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}

@@ -76,7 +76,7 @@ def open_tables(model: Any, folder: Path, budget: int) -> None:
     memories = stack.items()
     for layer, memory in memories:
         path = stack.table_path(folder, layer)
-        memory.table = memory.table.base if isinstance(memory.table, CachedTable) else memory.table
+        memory.table = FileTable.open(path)  # instead of the one that holds the file's pages
         drop(path)
         memory.table = CachedTable(FileTable.open(path), budget // len(memories))
 

@@ -20,6 +20,7 @@ tested, are three forms: the paper's (GQA, dense, plain residual); the same with
 attention (kv_lora_rank), experts in the concept transformer (n_routed_experts), several streams, and memories.
 """
 
+import math
 from typing import Any
 
 from byrote.models.configuration import MemoryConfig
@@ -58,10 +59,9 @@ class DLCMConfig(MemoryConfig):
     shared_expert_intermediate_size: int = 64
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **words: Any) -> None:
         self.use_cache = self.use_cache and self.boundary_convention != "literal"
-        kwargs.pop("num_hidden_layers", None)  # of a saved config; it follows from the two
-        super().__post_init__(**kwargs)
+        super().__post_init__(**words)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -77,6 +77,9 @@ class DLCMConfig(MemoryConfig):
     def concept_scale(self) -> float:
         """s_concept = d_concept / d_base of muP; 1 without."""
         return self.concept_size / self.mup_base_width if self.mup_base_width else 1.0
+
+    def _implied(self) -> dict[str, Any]:
+        return {**super()._implied(), "num_hidden_layers": self.num_hidden_layers}
 
     def _check(self) -> None:
         refuse = self._refuse
@@ -105,15 +108,15 @@ class DLCMConfig(MemoryConfig):
                 refuse(groups, f"must divide {heads}={getattr(self, heads)}")
         if self.head_dim < 2 or self.head_dim % 2 or self.qk_rope_head_dim % 2:
             refuse("head_dim", "head_dim and qk_rope_head_dim must be even: rotary pairs")
-        if not self.compression_ratio > 1:
+        if not 1 < self.compression_ratio < math.inf:
             refuse("compression_ratio", "tokens per concept, above 1; 4 is the paper's")
         if self.boundary_mode not in ("decoupled", "e2e", "rule"):
             refuse("boundary_mode", "must be 'decoupled', 'e2e' or 'rule'")
         if self.boundary_convention not in CONVENTIONS:
             refuse("boundary_convention", f"must be one of {CONVENTIONS}")
-        if self.boundary_weight < 0:
+        if not 0 <= self.boundary_weight < math.inf:
             refuse("boundary_weight", "0 or more; ConceptMoE and H-Net have 0.03")
-        if self.boundary_temperature < 1:
+        if not 1 <= self.boundary_temperature < math.inf:
             refuse("boundary_temperature", "at least 1, which samples p itself; ConceptMoE has 6")
         if not 0 < self.boundary_threshold < 1:
             refuse("boundary_threshold", "between 0 and 1; 0.5 is the paper's")

@@ -9,6 +9,7 @@ streams are those of byrote.models.configuration, and further:
     mtp_loss_weight      lambda: of their loss in training
 """
 
+import math
 from typing import Any
 
 from byrote.models.configuration import MemoryConfig
@@ -23,11 +24,9 @@ class EngramConfig(MemoryConfig):
     num_hidden_layers: int = 4
     q_lora_rank: int | None = None
     kv_lora_rank: int = 16
-    yarn: dict[str, float] | None = None
+    yarn: dict[str, Any] | None = None
     first_k_dense_replace: int = 1
     n_routed_experts: int = 8
-    moe_intermediate_size: int = 32
-    shared_expert_intermediate_size: int = 32
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
@@ -39,14 +38,23 @@ class EngramConfig(MemoryConfig):
     memory_fusion: str = "streams"
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.num_key_value_heads = self.num_attention_heads
-        self.head_dim = self.qk_rope_head_dim
-        super().__post_init__(**kwargs)
+    @property
+    def num_key_value_heads(self) -> int:
+        """Latent attention has as many as heads."""
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """The dimensions that turn, which is what transformers asks for."""
+        return self.qk_rope_head_dim
 
     @property
     def yarn_parameters(self) -> Yarn | None:
         return Yarn(**self.yarn) if self.yarn else None  # type: ignore[arg-type]
+
+    def _implied(self) -> dict[str, Any]:
+        turning = {"head_dim": self.head_dim, "qk_head_dim": self.qk_nope_head_dim + self.qk_rope_head_dim}
+        return {**super()._implied(), **turning, "num_key_value_heads": self.num_key_value_heads}
 
     def _check(self) -> None:
         refuse = self._refuse
@@ -70,7 +78,7 @@ class EngramConfig(MemoryConfig):
             refuse("first_k_dense_replace", f"must lie in 0..num_hidden_layers={self.num_hidden_layers}")
         if self.num_nextn_predict_layers < 0:
             refuse("num_nextn_predict_layers", "0 for none, or how many tokens beyond the next one to predict")
-        if self.mtp_loss_weight < 0:
+        if not 0 <= self.mtp_loss_weight < math.inf:
             refuse("mtp_loss_weight", "0 or more; DeepSeek-V3 has 0.3, then 0.1")
         self._check_memory(self.num_hidden_layers)
         if self.memory_fusion not in ("streams", "single"):

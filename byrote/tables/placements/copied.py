@@ -70,6 +70,9 @@ class CopiedTable(OverlayTable):
         self.keep(rows)  # with its state, which is the copy's own from now on
         super().write(rows, values, state)
 
+    def readdress(self, digest: str) -> None:
+        self.digest = digest
+
     def replace_state(self, rows: Tensor, state: RowState) -> None:
         self.followers.keep(self.touched())
         self._state_below = False

@@ -152,6 +152,9 @@ class RamTable(Table):
             raise ValueError(f"rule state must have {rows.numel()} entries, one a row, got {lengths}")
         self._state.check({name: tuple(value.shape[1:]) for name, value in state.items()})
 
+    def readdress(self, digest: str) -> None:
+        self.digest = digest
+
     def stats(self) -> dict[str, Any]:
         return {
             "num_rows": self.num_rows,
