@@ -22,7 +22,6 @@ from byrote.models.configuration import MemoryConfig
 from byrote.nn.mla import Cache as AttentionCache
 from byrote.nn.mtp import shift
 
-
 # Ids decide which rows are read and what is refused: torch.compile begins its graphs behind that.
 outside = torch.compiler.disable(
     reason="byrote reads token ids and rows of tables outside of compiled graphs: compile without fullgraph=True"
