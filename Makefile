@@ -48,7 +48,7 @@ gpu-smoke:
 	$(RUN) benchmarks/gpu_smoke.py --device $(DEVICE) --out $(OUT)-smoke $(if $(QUICK),--quick)
 
 gpu:
-	$(RUN) -m pytest tests/exactness tests/nn/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
+	$(RUN) -m pytest tests/exactness tests/tables/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
 	mkdir -p $(OUT)
 	for shape in tiny wide; do for compile in "" --compile; do \
 	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \

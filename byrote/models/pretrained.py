@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
@@ -59,8 +60,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Under muP that of hidden matrices is divided by the root of s."""
         return self.config.initializer_range / getattr(module, "mup_scale", 1.0) ** 0.5
 
-    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
-        """What a forward keeps its keys and values in: the cache that it was given, or a new one if it is to."""
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """What a forward keeps its keys and values in: the cache that it was given, or a new one if it is to.
+
+        `use_cache` None: as the config says, but while something is learned none is made, which nobody would read.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (self.training and torch.is_grad_enabled())
         if self.gradient_checkpointing and self.training:
             if cache is not None:
                 raise ValueError("past_key_values cannot be filled under gradient checkpointing: pass use_cache=False")

@@ -71,3 +71,40 @@ def test_an_anchor_that_is_set_free_moves_its_table(model):
     model.model.memories.memories["2"].anchor.requires_grad_(True)
     train(adapted, steps=2)
     assert torch.equal(tables(model)[0].rows, before[0]) and not torch.equal(tables(model)[1].rows, before[1])
+
+
+def both(model, ids):
+    """Logits of one forward, and of one token a step."""
+    with torch.no_grad():
+        full, cache, steps = model(input_ids=ids, use_cache=False).logits, None, []
+        for token in ids.split(1, dim=1):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    return full, torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": [], "target_parameters": ["experts.gate_up", "experts.down"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["embed_tokens", "kv_b_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts", "memory"]},
+    ],
+    ids=["stacked experts", "router", "dora", "embedding and latents", "whole modules"],
+)
+def test_whatever_peft_adapts_is_in_training_and_in_cached_decoding(model, ids, options):
+    adapted = lora(model, r=2, **options)
+    expected = logits(adapted, ids)
+    train(adapted, steps=3, lr=3e-2)
+    learned = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert learned and all(
+        parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
+    full, cached = both(adapted.eval(), ids)
+    assert (full - expected).abs().max() > 1e-3
+    torch.testing.assert_close(cached, full, atol=1e-5, rtol=0)
+    if "embed_tokens" not in options["target_modules"]:  # PEFT merges half of tied embeddings, in any model
+        torch.testing.assert_close(logits(adapted.merge_and_unload(), ids), full, atol=1e-5, rtol=0)

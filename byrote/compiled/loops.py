@@ -6,20 +6,14 @@ way to its plain twin, which gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
-from importlib import import_module
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-_plain: ContextVar[bool] = ContextVar("plain", default=False)
+    from torch import Tensor
 
 
 @cache
@@ -27,48 +21,41 @@ def numba_is_there() -> bool:
     return find_spec("numba") is not None
 
 
-@contextmanager
-def plain_twins() -> Iterator[None]:
-    """Take the plain twin of every loop over tokens: to compare with, and to learn what float32 leaves open."""
-    token = _plain.set(True)
+def stepping(x: Tensor) -> bool:
+    """Whether values of x can be looked at for nothing: a GPU would have to be waited for, a compiler has none."""
+    import torch
+
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's njit, without the GIL, kept in a file where numba finds a place to write, else made anew in each process.
+
+    With a signature it is compiled for these types, when it is first called, and Python alone can call it. Without, it
+    is compiled for what it is called with, by other loops too.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if signature is None:
+            return _made(function, (), options)
+        made = cache(lambda: _made(function, (signature,), options))
+
+        @wraps(function)
+        def loop(*arguments: Any) -> Any:
+            return made()(*arguments)
+
+        return loop
+
+    return decorate
+
+
+def _made(function: Callable[..., Any], signature: tuple[str, ...], options: dict[str, Any]) -> Any:
+    import numba
+
     try:
-        yield
-    finally:
-        _plain.reset(token)
-
-
-@cache
-def kernels(name: str) -> Any:
-    """The file of compiled loops `byrote.nn.kernels.<name>`, which needs numba, imported when it is first wanted."""
-    return import_module(f"byrote.nn.kernels.{name}")
-
-
-def compilable(*tensors: Tensor) -> bool:
-    """Whether a loop of float32 on the CPU can take them."""
-    import torch
-
-    if torch.compiler.is_compiling() or any(x.dtype is not torch.float32 or x.device.type != "cpu" for x in tensors):
-        return False
-    return numba_is_there() and not _plain.get()
-
-
-def learned(*tensors: Tensor) -> bool:
-    """Whether a gradient will be asked for that passes one of them."""
-    import torch
-
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def decoding(*tensors: Tensor) -> bool:
-    """Whether a loop of float32 on the CPU can take them, and nothing is learned from the call."""
-    import torch
-
-    return not learned(*tensors) and compilable(*tensors) and not torch.is_autocast_enabled("cpu")
-
-
-def replaceable(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a loop may do the work of a module without calling it: it is of that kind, and has no hooks."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+        return numba.njit(*signature, nogil=True, cache=True, **options)(function)
+    except (RuntimeError, OSError):  # "no locator available", as in a container whose files are read-only; a full disk
+        return numba.njit(*signature, nogil=True, **options)(function)
 
 
 def run(

@@ -3,13 +3,13 @@
 # No `from __future__ import annotations` here: numba reads the signatures.
 from typing import Any
 
-import numba
 import numpy as np
+
+from byrote.compiled.loops import compiled
 
 ONE, TWO, THREE = "float32[::1]", "float32[:,::1]", "float32[:,:,::1]"
 # Sums may be reordered, NaN and infinity stay. A division by zero is infinite: a check would keep loops from vectors.
-OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
-OPTIONS |= {"fastmath": {"reassoc", "contract", "nsz"}}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 LEAST, MOST = np.float32(-87), np.float32(88)
@@ -19,7 +19,7 @@ C2, C1, C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float3
 HALF, UNIT = np.float32(0.5), np.float32(1)
 
 
-@numba.njit(inline="always", error_model="numpy", fastmath={"contract", "nsz"})
+@compiled(inline="always", error_model="numpy", fastmath={"contract", "nsz"})
 def exp(x):
     """e^x within 2 roundings, of x cut to [-87, 88]; NaN stays. Arithmetic alone, which becomes vectors."""
     value = min(max(x, LEAST), MOST) if x == x else x

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from byrote.compiled import compilable, kernels, run
+from byrote.ops.dispatch import matrix
 
 IGNORED = -100
 # Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
@@ -29,9 +29,10 @@ CHUNK = {"cpu": 2**20, "cuda": 2**27}
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum over targets [B, T] of the cross-entropy of head(hidden [B, T, d]), without logits if head is a matrix."""
-    if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
-    return plain_cross_entropy(head(hidden).flatten(0, 1), targets.flatten())  # an adapter's, for one
+    weight = matrix(head)
+    if weight is None:
+        return plain_cross_entropy(head(hidden).flatten(0, 1), targets.flatten())
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -98,11 +99,6 @@ def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tenso
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of some tokens, and p - 1[y] [n, V], 0 where nothing is predicted; written over the logits if it can be."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if compilable(logits) and logits.numel():
-        losses = logits.new_empty(len(logits))
-        largest = logits.amax(dim=1)
-        run(kernels("cross_entropy").cross_entropy, logits, targets.contiguous(), IGNORED, largest, losses)
-        return losses.sum(), logits
     predicted = (targets != IGNORED).unsqueeze(1)
     column = targets.clamp_min(0).unsqueeze(1)
     chosen = logits.gather(1, column)

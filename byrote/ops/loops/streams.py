@@ -5,12 +5,12 @@ a time. d is a multiple of 16.
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from byrote.vectors import LANES, load, splat, store
+from byrote.compiled.loops import compiled
+from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
 F32, I64 = ir.FloatType(), ir.IntType(64)
@@ -92,17 +92,6 @@ def _read(token, streams, pre, x):
 
 
 @_per_token
-def _read_backward(token, streams, pre, to_x, to_streams, to_pre):
-    pre, sums = token.coefficients(pre, N), token.totals(N)
-    with token.columns() as (at, _):
-        gradient = token.load(to_x, 0, at)
-        for k in RANGE:
-            token.add(sums[k], gradient, token.load(streams, k, at))
-            token.store(to_streams, k, at, token.sum([token.load(to_streams, k, at), (pre[k], gradient)]))
-    token.write_totals(sums, to_pre)
-
-
-@_per_token
 def _write(token, streams, y, mix, post, out):
     mix, post = token.coefficients(mix, N * N), token.coefficients(post, N)
     with token.columns() as (at, _):
@@ -110,27 +99,6 @@ def _write(token, streams, y, mix, post, out):
         for i in RANGE:
             products = [(post[i], added), *((mix[N * i + k], columns[k]) for k in RANGE)]
             token.store(out, i, at, token.sum(products))
-
-
-@_per_token
-def _write_backward(token, streams, y, mix, post, gradient, to_streams, to_y, to_mix, to_post):
-    # Twice over the columns: 20 coefficients and 20 sums together would not stay in registers.
-    mix, post = token.coefficients(mix, N * N), token.coefficients(post, N)
-    with token.columns() as (at, _):
-        columns = [token.load(gradient, i, at) for i in RANGE]
-        token.store(to_y, 0, at, token.sum([(post[i], columns[i]) for i in RANGE]))
-        for k in RANGE:
-            token.store(to_streams, k, at, token.sum([(mix[N * i + k], columns[i]) for i in RANGE]))
-    by_mix, by_post = token.totals(N * N), token.totals(N)
-    with token.columns() as (at, _):
-        columns, added = [token.load(streams, k, at) for k in RANGE], token.load(y, 0, at)
-        for i in RANGE:
-            arrived = token.load(gradient, i, at)
-            token.add(by_post[i], arrived, added)
-            for k in RANGE:
-                token.add(by_mix[N * i + k], arrived, columns[k])
-    token.write_totals(by_mix, to_mix)
-    token.write_totals(by_post, to_post)
 
 
 @_per_token
@@ -184,21 +152,7 @@ def _square(token, streams, out):
 def _compiled(*arrays):
     three, two = "float32[:,:,::1]", "float32[:,::1]"
     kinds = ", ".join(three if name == "three" else two for name in arrays)
-    return numba.njit(f"void(int64, int64, {kinds})", nogil=True, cache=True)
-
-
-@_compiled("three", "two", "two")
-def read(begin, end, streams, pre, x):
-    for t in range(begin, end):
-        _read((streams[t].ctypes.data, pre[t].ctypes.data, x[t].ctypes.data), 4 * x.shape[1])
-
-
-@_compiled("three", "two", "two", "three", "two")
-def read_backward(begin, end, streams, pre, to_x, to_streams, to_pre):
-    """Adds to `to_streams`."""
-    for t in range(begin, end):
-        inputs = streams[t].ctypes.data, pre[t].ctypes.data, to_x[t].ctypes.data, to_streams[t].ctypes.data
-        _read_backward((*inputs, to_pre[t].ctypes.data), 4 * to_x.shape[1])
+    return compiled(f"void(int64, int64, {kinds})")
 
 
 @_compiled("three", "two", "three", "two", "three")
@@ -208,17 +162,8 @@ def write(begin, end, streams, y, mix, post, out):
         _write((*inputs, out[t].ctypes.data), 4 * y.shape[1])
 
 
-@_compiled("three", "two", "three", "two", "three", "three", "two", "three", "two")
-def write_backward(begin, end, streams, y, mix, post, gradient, to_streams, to_y, to_mix, to_post):
-    for t in range(begin, end):
-        inputs = streams[t].ctypes.data, y[t].ctypes.data, mix[t].ctypes.data, post[t].ctypes.data
-        outputs = to_streams[t].ctypes.data, to_y[t].ctypes.data, to_mix[t].ctypes.data, to_post[t].ctypes.data
-        _write_backward((*inputs, gradient[t].ctypes.data, *outputs), 4 * y.shape[1])
-
-
 @_compiled("three", "two", "two", "three", "two", "three", "two")
 def write_back_backward(begin, end, streams, y, post, gradient, to_y, to_mix, to_post):
-    """`write_backward` without `to_streams`."""
     for t in range(begin, end):
         inputs = streams[t].ctypes.data, y[t].ctypes.data, post[t].ctypes.data, gradient[t].ctypes.data
         outputs = to_y[t].ctypes.data, to_mix[t].ctypes.data, to_post[t].ctypes.data

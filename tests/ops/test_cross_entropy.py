@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from byrote.nn import loss
-from byrote.nn.loss import linear_cross_entropy, plain_linear_cross_entropy
+from byrote.ops import cross_entropy as loss
+from byrote.ops.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 
 
 def inputs(tokens=50, width=12, vocabulary=40, dtype=torch.float32):

@@ -4,13 +4,13 @@ z, and everything between it and pre, post and H, is laid out [24, 16]: a vector
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 
-from byrote.nn.kernels.mix import N, _connect_backward, _dots, _read, _square
-from byrote.nn.kernels.options import exp
-from byrote.nn.kernels.sinkhorn import _iterate, _unroll
-from byrote.vectors import LANES
+from byrote.compiled.loops import compiled
+from byrote.compiled.vectors import LANES
+from byrote.ops.loops.options import exp
+from byrote.ops.loops.sinkhorn import _iterate, _unroll
+from byrote.ops.loops.streams import N, _connect_backward, _dots, _read, _square
 
 NUMBERS = N * (N + 2)
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
@@ -19,15 +19,15 @@ ARRAYS = {"three": "float32[:,:,::1]", "two": "float32[:,::1]", "one": "float32[
 
 def _compiled(*arrays):
     kinds = ", ".join(ARRAYS.get(name, name) for name in arrays)
-    return numba.njit(f"void(int64, int64, {kinds})", nogil=True, cache=True, error_model="numpy")
+    return compiled(f"void(int64, int64, {kinds})", error_model="numpy")
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _group(m):
     return 0 if m < N else 1 if m < 2 * N else 2
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _tile(z, bias, scale, begin, end, tile):
     """tile <- scale z + bias of tokens [begin, end), at most 16; the lanes beyond repeat the last."""
     for m in range(NUMBERS):
@@ -35,7 +35,7 @@ def _tile(z, bias, scale, begin, end, tile):
             tile[m, lane] = scale[_group(m)] * z[min(begin + lane, end - 1), m] + bias[m]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _shares(tile, shares):
     """P_ik: the softmax over new streams i of the logits at 2 N + N k + i, (old, new)."""
     for k in range(N):

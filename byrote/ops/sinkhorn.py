@@ -12,9 +12,8 @@ The worst difference that eps = 1e-6 makes is 2e-5 at standard deviation 1, 0.04
 than some of the entries.
 
 Backward goes through the normalizations in reverse: of H' = H / s with s = sum H + eps, dH = (dH' - sum dH' H') / s.
-Written out, it is half of what autograd's own would cost. For n = 4 with eps > 0, in float32 on a CPU, compiled loops
-(`kernels/sinkhorn.py`) take a sixth of that. Twins: `plain_sinkhorn`, which autograd differentiates and a compiler
-sees, and `sinkhorn_slow`, one number at a time.
+Written out, it is half of what autograd's own would cost. Twins: `plain_sinkhorn`, which autograd differentiates and a
+compiler sees, and `sinkhorn_slow`, one number at a time.
 """
 
 from __future__ import annotations
@@ -25,15 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from byrote.compiled import compilable, kernels, run
-
 
 def sinkhorn(logits: Tensor, *, iterations: int = 20, eps: float = 0.0) -> Tensor:
     if torch.compiler.is_compiling():
         return plain_sinkhorn(logits, iterations=iterations, eps=eps)
-    if logits.shape[:2] == (4, 4) and eps >= 1e-7 and compilable(logits):
-        flat = _Compiled.apply(logits.flatten(2), iterations, eps)
-        return flat.view(logits.shape)  # type: ignore[no-any-return]
     return _Sinkhorn.apply(logits, iterations, eps)  # type: ignore[no-any-return]
 
 
@@ -69,26 +63,6 @@ class _Sinkhorn(torch.autograd.Function):
         for step in reversed(range(ctx.steps)):
             to_mix.sub_((to_mix * mixes[step + 1]).sum(dim=_axis(step), keepdim=True)).div_(sums[step])
         return shares * (to_mix - (to_mix * shares).sum(dim=0, keepdim=True)), None, None
-
-
-class _Compiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        shares = logits.softmax(dim=0).contiguous()
-        ctx.save_for_backward(shares)
-        ctx.steps, ctx.eps = 2 * iterations - 1, eps
-        mix = torch.empty_like(shares)
-        run(kernels("sinkhorn").forward, shares + eps, ctx.steps, eps, mix, tokens=shares.shape[2])
-        return mix
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (shares,) = ctx.saved_tensors
-        to_shares = torch.empty_like(shares)
-        arrays = gradients[0].contiguous(), to_shares
-        run(kernels("sinkhorn").backward, shares + ctx.eps, ctx.steps, ctx.eps, *arrays, tokens=shares.shape[2])
-        return shares * (to_shares - (to_shares * shares).sum(dim=0, keepdim=True)), None, None
 
 
 def _axis(step: int) -> int:

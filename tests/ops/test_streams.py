@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.compiled import plain_twins
-from byrote.nn.connect import connectable
 from byrote.nn.hyper import ManifoldConnection
+from byrote.ops.dispatch import plain_twins
+from byrote.ops.streams import connectable
 
 
 @pytest.fixture(params=[1, 2])

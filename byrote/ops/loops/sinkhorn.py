@@ -12,13 +12,13 @@ eps must be large enough (1e-7) that no entry of P, and so no u and v, leaves th
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from byrote.vectors import LANES, load, splat, store
+from byrote.compiled.loops import compiled
+from byrote.compiled.vectors import LANES, load, splat, store
 
 N = 4
 F32 = ir.FloatType()
@@ -94,16 +94,7 @@ _rows, _columns = _step(True), _step(False)
 _rows_backward, _columns_backward = _step_backward(True), _step_backward(False)
 
 
-@numba.njit(nogil=True, cache=True)
-def _read(source, begin, end, tile):
-    """Tokens [begin, end) of `source` [4, 4, tokens], at most 16; the lanes beyond repeat the last."""
-    for i in range(N):
-        for k in range(N):
-            for lane in range(LANES):
-                tile[i, k, lane] = source[i, k, min(begin + lane, end - 1)]
-
-
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _iterate(tile, scalings, steps, eps):
     """scalings[s + 2] is what step s makes of scalings[s], by scalings[s + 1]; the first two, u and v, are 1."""
     scalings[:2] = 1
@@ -116,21 +107,7 @@ def _iterate(tile, scalings, steps, eps):
             _columns(matrix, old, old + size, old + 2 * size, eps)
 
 
-@numba.njit("void(int64, int64, float32[:,:,::1], int64, float32, float32[:,:,::1])", nogil=True, cache=True)
-def forward(begin, end, start, steps, eps, mix):
-    """H [4, 4, tokens] of P = `start` after an odd number of steps, rows first and last."""
-    tile, scalings = np.empty((N, N, LANES), np.float32), np.empty((steps + 2, N, LANES), np.float32)
-    for t in range(begin, end, LANES):
-        _read(start, t, end, tile)
-        _iterate(tile, scalings, steps, eps)
-        u, v = scalings[steps + 1], scalings[steps]
-        for i in range(N):
-            for k in range(N):
-                for lane in range(min(LANES, end - t)):
-                    mix[i, k, t + lane] = u[i, lane] * tile[i, k, lane] * v[k, lane]
-
-
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _unroll(tile, scalings, steps, eps, gradient, to_tile):
     """dP of dH = `gradient`, after `_iterate`."""
     to_u, to_v = np.zeros((N, LANES), np.float32), np.zeros((N, LANES), np.float32)
@@ -151,21 +128,3 @@ def _unroll(tile, scalings, steps, eps, gradient, to_tile):
             _rows_backward(matrix, old, old + size, old + 2 * size, by_u, by_v, by_matrix, eps)
         else:
             _columns_backward(matrix, old, old + size, old + 2 * size, by_v, by_u, by_matrix, eps)
-
-
-@numba.njit(
-    "void(int64, int64, float32[:,:,::1], int64, float32, float32[:,:,::1], float32[:,:,::1])", nogil=True, cache=True
-)
-def backward(begin, end, start, steps, eps, to_mix, to_start):
-    """dP of dH."""
-    tile, scalings = np.empty((N, N, LANES), np.float32), np.empty((steps + 2, N, LANES), np.float32)
-    gradient, to_tile = np.empty_like(tile), np.empty_like(tile)
-    for t in range(begin, end, LANES):
-        _read(start, t, end, tile)
-        _read(to_mix, t, end, gradient)
-        _iterate(tile, scalings, steps, eps)
-        _unroll(tile, scalings, steps, eps, gradient, to_tile)
-        for i in range(N):
-            for k in range(N):
-                for lane in range(min(LANES, end - t)):
-                    to_start[i, k, t + lane] = to_tile[i, k, lane]
