@@ -150,6 +150,11 @@ class ConceptState(MemoryState):
             self.write("smoothed", rows, slots, smoothed, most)
         self.last = self.last.index_put((rows[ends],), smoothed[ends].to(self.last.dtype))
 
+    @property
+    def recorded(self) -> int:
+        record = self.concept_record
+        return 0 if record is None else min(super().recorded, sum(part.shape[1] for part in record.states))
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         record = self.concept_record

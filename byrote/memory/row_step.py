@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from byrote.memory.identity import change_of
 from byrote.memory.stack import Memory, alive
 from byrote.tables.rules import LazyAdam, RowRule, RowSGD
 
@@ -50,7 +51,7 @@ class Move:
     def apply(self, rate: float) -> None:
         if len(self.rows):  # a rank may have none of those that move
             self.memory.table.update(self.rule, self.rows, self.gradient, rate)
-        self.memory.commit()
+        self.memory.commit(change_of(self.memory.table, self.rows, self.total))
 
 
 @torch.no_grad()

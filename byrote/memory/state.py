@@ -10,12 +10,16 @@ the current document of each row, [B, L, ...], in buffers of fixed size.
 
 A rollback needs what the tails have forgotten: after `activate_past_recording` the layer keeps every column that it
 is given, and `crop(-k)` rebuilds the tails as they were k tokens earlier, back to the moment of activation.
+
+A cache hands a change on to its layers one by one, and this one comes last. So it is asked before the first
+(`AllOrNothing`): a change that it refuses leaves the whole cache as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +39,28 @@ class Field:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = torch.int64
     empty: float = 0
+
+
+class AllOrNothing:
+    """What stands in for a method of a cache with a memory layer: the layer may refuse before any is changed.
+
+    It holds the layers and not the cache, which would keep itself alive.
+    """
+
+    def __init__(self, layers: list[Any], name: str) -> None:
+        self.layers, self.name = layers, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        (argument,) = (*args, *kwargs.values())
+        if self.name == "crop" and argument > 0:  # a new length
+            argument = min(0, argument - int(self.layers[0].get_seq_length()))
+        state = self.layers[-1]
+        if self.name == "crop":
+            state.check_crop(argument)
+        else:
+            state.check_rows(argument)
+        for layer in self.layers:
+            getattr(layer, self.name)(argument)
 
 
 PLACE_FIELDS = {"position": Field(1, empty=NO_POSITION), "document": Field(1)}
@@ -88,6 +114,8 @@ class MemoryState(CacheLayerMixin):
             )
         state = cls(fields)
         cache.layers.append(state)
+        for name in ("crop", "reorder_cache", "batch_select_indices"):
+            setattr(cache, name, AllOrNothing(cache.layers, name))
         return state
 
     def begin(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -132,17 +160,34 @@ class MemoryState(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    @property
+    def recorded(self) -> int:
+        """Tokens that can be taken back."""
+        return sum(column.shape[1] for column in self.records["position"].columns) if self.records else 0
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse a crop that is not possible; nothing is changed."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes zero or a negative count of tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        recorded = sum(column.shape[1] for column in self.records["position"].columns) if self.records else 0
-        if recorded < -tokens_to_remove:
+            raise ValueError(
+                f"crop takes zero or a negative count of tokens to remove, got {tokens_to_remove}; the cache as a "
+                "whole takes a new length too"
+            )
+        if self.is_initialized and self.recorded < -tokens_to_remove:
             raise RuntimeError(
-                f"cannot take back {-tokens_to_remove} tokens, {recorded} are recorded: "
+                f"cannot take back {-tokens_to_remove} tokens, {self.recorded} are recorded: "
                 "call cache.activate_past_recording() before the tokens that may be rolled back"
             )
+
+    def check_rows(self, rows: Tensor) -> None:
+        """Refuse rows that are not there; nothing is changed. Those on a GPU are not looked at, which would wait."""
+        if self.is_initialized and torch.as_tensor(rows).device.type == "cpu":
+            _ = torch.arange(len(self.tails["position"]))[rows]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        recorded = self.recorded
         for name, record in self.records.items():
             columns, alive, starts = (
                 torch.cat(parts, dim=1)[:, : recorded + tokens_to_remove]

@@ -4,7 +4,8 @@
     biases, convolution                  0              (Engram paper, table 5: conv zero init)
     all gains                            1
     connections, exits                   the plain residual (byrote.nn.hyper)
-    buffers                              as they are made: a model may have been made on the meta device
+    generation and identity              the table's
+    other buffers                        as they are made: a model may have been made on the meta device
 
 Rows of tables are drawn by the table itself. By transformers' functions, which spare what a checkpoint has loaded.
 """
@@ -40,7 +41,8 @@ def initialize(module: nn.Module, std: float) -> None:
         module.reset(init.copy_)
     elif isinstance(module, Memory):
         init.zeros_(module.anchor)
-        init.zeros_(module.generation)
+        init.constant_(module.generation, module.table.generation)
+        init.constant_(module.identity, module.table.identity)
     elif isinstance(module, MemoryStack):
         init.copy_(module.vocabulary, module.known_vocabulary())
     if isinstance(module, Router):

@@ -6,6 +6,9 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
-from byrote.memory import MemoryStack
+from byrote.memory import Memory, MemoryStack
+from byrote.memory.stack import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
 from byrote.models.initialization import initialize
 from byrote.models.words import nearest
@@ -102,7 +106,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, tables: bool = True, checksums: bool = False, **kwargs: Any
     ) -> None:
-        """Backbone, then tables, then the config: a folder with a config is complete.
+        """Backbone, then tables, then the config: a folder with a config is complete, also one that is written over.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
         table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
@@ -114,18 +118,28 @@ class MemoryPreTrainedModel(PreTrainedModel):
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
             return
-        if stack is not None and tables:
-            for layer_id, _ in stack.items():  # they would be taken for this backbone's, were the save to be cut short
-                stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
-        super().save_pretrained(folder, **kwargs)
-        if stack is None or not tables or not kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(folder, **kwargs)  # gives its part, and writes nothing
             return
-        config, aside = folder / "config.json", folder / "config.json.tmp"
-        os.replace(config, aside)
-        stack.save_tables(folder)
-        for layer_id, _ in stack.items() if checksums else ():
-            write_sums(stack.table_path(folder, layer_id))
-        os.replace(aside, config)
+        aside = folder / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)
+        super().save_pretrained(aside, **kwargs)
+        config = aside / "config.json"
+        if config.exists():  # else an adapter is saved alone
+            (folder / config.name).unlink(missing_ok=True)
+            _remove_weights(folder, kwargs.get("variant"))
+        for file in aside.iterdir():
+            if file != config:
+                os.replace(file, folder / file.name)
+        if config.exists():
+            if stack is not None and tables:
+                for layer_id, _ in stack.items():
+                    stack.table_path(folder, layer_id).with_suffix(POINTER).unlink(missing_ok=True)
+                stack.save_tables(folder)
+                for layer_id, _ in stack.items() if checksums else ():
+                    write_sums(stack.table_path(folder, layer_id))
+            os.replace(config, folder / config.name)
+        aside.rmdir()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -165,11 +179,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
         model: Any
         info: Any
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        if missing := sorted(key for key in info["missing_keys"] if key.endswith(MEMORY_BUFFERS)):
+        if missing := sorted(key for key in info["missing_keys"] if key.endswith(".vocabulary")):
             raise ValueError(
-                f"{name}: the weights lack {missing}, which say what tables belong to them; a tool that keeps only "
-                "names it knows leaves them out: take the weights that save_pretrained wrote"
+                f"{name}: the weights lack {missing}, the map from token ids to classes; a tool that keeps only names "
+                "it knows leaves it out: take the weights that save_pretrained wrote"
             )
+        for prefix, module in model.named_modules():
+            if isinstance(module, Memory):
+                module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -198,11 +215,14 @@ class MemoryPreTrainedModel(PreTrainedModel):
             path, num_rows = find(stack.table_path(Path(), layer_id).name), stack.spec.layer(layer_id).rows
             width, digest = self.config.memory_row_width, stack.spec.digest
             table = open_table(path, placement, num_rows=num_rows, width=width, digest=digest)
-            if int(memory.generation) != table.generation:
-                raise ValueError(
-                    f"{path}: generation {table.generation}, the backbone was saved with "
-                    f"{int(memory.generation)}: take both from one save_pretrained"
+            if int(memory.generation) == NO_GENERATION:
+                warnings.warn(
+                    f"{path}: taken on trust, since the backbone was saved without the generation of its table (by "
+                    "another tool?); save both again with save_pretrained",
+                    stacklevel=4,
                 )
+            elif difference := memory.difference(table):
+                raise ValueError(f"{path}: {difference}; take both from one save_pretrained")
             tables.append(table)
         return tables
 
@@ -210,6 +230,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
                 memory.table = table
+                memory.generation.fill_(table.generation)
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -220,6 +241,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Read back what `save_row_state` wrote."""
         if self.memory_stack is not None:
             self.memory_stack.load_row_state(Path(folder))
+
+
+def _remove_weights(folder: Path, variant: str | None) -> None:
+    """Weights of an earlier save, in one file or in shards, which would be read beside those that come."""
+    variant = f".{re.escape(variant)}" if variant else ""
+    ours = re.compile(rf"model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{variant}\.json")
+    for file in folder.iterdir():
+        if ours.fullmatch(file.name):
+            file.unlink()
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

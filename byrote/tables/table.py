@@ -10,6 +10,9 @@ writes a table first shows the rows to its `followers`, which are the copies tha
 Beside its values a row may carry the state of an update rule (`byrote.tables.rules`). That state is stored with
 the rows, for touched rows only, so it grows with the rows that were ever updated and not with the table.
 
+`generation` is the table's age, `identity` tells it from others of that age: a digest of how its rows came about, which
+moves on with every step (`byrote.memory.identity`). A table that was saved without one has UNKNOWN.
+
 A table may be read on another thread than it is written on. `writes` counts how often rows were written, before the
 first of them changes: values that were read while it changed may be of two moments, and who reads ahead
 (`byrote.memory.prefetch`) throws them away.
@@ -17,9 +20,10 @@ first of them changes: values that were read while it changed may be of two mome
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -29,6 +33,8 @@ from torch import Tensor
 
 from byrote.tables.placements.ranks import mean_over_ranks
 from byrote.tables.rules import CPU, RowRule, RowState, StateFields
+
+UNKNOWN = 0  # identity of a table or a backbone that was saved without one
 
 
 class Follower(Protocol):
@@ -42,13 +48,20 @@ class Followers:
 
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self.changes = 0  # how often rows changed
+
+    def __iter__(self) -> Iterator[Follower]:
+        return iter(list(self._all))
 
     def add(self, follower: Follower) -> None:
         self._all.add(follower)
 
     def keep(self, rows: Tensor) -> None:
-        for follower in list(self._all):
+        if not rows.numel():
+            return
+        for follower in self:
             follower.keep(rows)
+        self.changes += 1
 
 
 class Table(ABC):
@@ -66,6 +79,7 @@ class Table(ABC):
     width: int
     digest: str
     generation: int
+    identity: int
     writes: int = 0
     device = CPU
     asynchronous = False
@@ -156,6 +170,15 @@ class Table(ABC):
         values, state = step(values, state, gradient, rate)
         self.write(rows, values, state or None)  # nothing is kept for a rule without state
 
+    @property
+    def own(self) -> Table:
+        """Of a sharded table the rows of this rank, else the table."""
+        return self
+
+    def read_own(self, rows: Tensor) -> Tensor:
+        """`read` of rows that this rank owns, which takes no other rank."""
+        return self.read(rows)
+
     def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Unique ascending rows [U] and gradients [U, W] of this rank -> those it has to apply, means over the ranks.
 
@@ -166,6 +189,11 @@ class Table(ABC):
     def totals(self, *numbers: int) -> list[int]:
         """Numbers of what this rank has to apply -> those of the whole table, the same on all ranks."""
         return list(numbers)
+
+
+def first_identity(*about: Any) -> int:
+    """Of a table that no step has changed yet, by what its rows are drawn from."""
+    return int.from_bytes(hashlib.sha256(repr(about).encode()).digest()[:8]) >> 1 or 1
 
 
 def check_row_ids(rows: Tensor, num_rows: int) -> None:

@@ -120,7 +120,41 @@ def test_rollback(model, ids, back):
     assert_same_logits(logits, expected[:, 11:])
 
 
-def test_rollback_without_recording_is_refused(model, ids):
-    _, _, cache = in_chunks(model, ids, [24])
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
-        cache.layers[-1].crop(-1)
+REFUSED = {
+    "crop, nothing recorded": (lambda cache: cache.crop(-1), 0),
+    "crop beyond what is recorded": (lambda cache: cache.crop(tokens_to_remove=-6), 5),
+    "crop to a length beyond it": (lambda cache: cache.crop(4), 5),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([0, 1, 3])), 5),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([0, 3])), 0),
+}
+
+
+@pytest.mark.parametrize(("change", "recorded"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_the_cache_as_it_was(model, ids, change, recorded):
+    expected, _ = full_forward(model, ids)
+    _, _, cache = in_chunks(model, ids[:, : 10 - recorded], [10 - recorded])
+    if recorded:
+        cache.activate_past_recording()
+        in_chunks(model, ids[:, 10 - recorded : 10], [recorded], cache=cache)
+    before = copy.deepcopy(cache)
+    with pytest.raises((RuntimeError, IndexError)):
+        change(cache)
+    for layer, other in zip(cache.layers[:-1], before.layers[:-1], strict=True):
+        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+    tails, others = cache.layers[-1].tails, before.layers[-1].tails
+    assert all(torch.equal(tail, others[name]) for name, tail in tails.items())
+    logits, _, _ = in_chunks(model, ids[:, 10:], [1, 13], cache=cache)
+    assert_same_logits(logits, expected[:, 10:])
+
+
+def test_crop_to_a_length(model, ids):
+    expected, _ = full_forward(model, ids)
+    _, _, cache = in_chunks(model, ids[:, :7], [7])
+    cache.activate_past_recording()
+    in_chunks(model, ids[:, 7:12], [5], cache=cache)
+    cache.crop(30)  # it is shorter
+    assert cache.get_seq_length() == 12
+    cache.crop(9)
+    assert cache.get_seq_length() == 9
+    logits, _, _ = in_chunks(model, ids[:, 9:], [15], cache=cache)
+    assert_same_logits(logits, expected[:, 9:])

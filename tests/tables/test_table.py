@@ -460,7 +460,7 @@ def test_pickling_is_refused(table):
 def test_a_module_does_not_own_its_table(kind, table):
     memory = Memory(table)
     before = every_row(table)
-    assert set(memory.state_dict()) == {"anchor", "generation"}
+    assert set(memory.state_dict()) == {"anchor", "generation", "identity"}
     assert [name for name, _ in memory.named_parameters()] == ["anchor"]
     for move in (memory.half, memory.double, lambda: memory.to(torch.bfloat16)):
         move()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
-from byrote.tables.files.format import FORMAT_VERSION, stream
+from byrote.tables.files.format import header_of, stream
 from byrote.tables.table import Table
 
 PIECE_BYTES = 4 << 20  # of rows in float32
@@ -68,8 +68,7 @@ def convert(
             report(end, source.num_rows)
             yield records.view(to.dtype)
 
-    about = {name: getattr(source, name) for name in ("digest", "generation", "num_rows", "width")}
-    header = {"format_version": FORMAT_VERSION, **about, "codec": codec}
+    header = header_of(source) | {"codec": codec}
     shape = (source.num_rows, size // to.dtype.itemsize)
     target.parent.mkdir(parents=True, exist_ok=True)
     stream(target, {"rows": (to.dtype, shape, pieces)}, header)

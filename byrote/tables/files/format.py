@@ -2,7 +2,8 @@
 
 - rows:  tensor `rows` [R, W], or [R, B] of bytes for the packed codecs
 - state: tensor `rows` [U] (ascending row ids) and one tensor a field [U, ...]
-- both:  metadata `byrote` = JSON {format_version, digest, generation, num_rows, width, codec}
+- both:  metadata `byrote` = JSON {format_version, digest, generation, identity, num_rows, width, codec}; `identity` is
+         16 hexadecimal digits, and absent in files that are older than it
 
 They are written piece by piece: what they hold need not fit into memory. A `RamTable` reads them whole, a `FileTable`
 in place.
@@ -25,7 +26,7 @@ from torch import Tensor
 from byrote.tables.codecs import CODECS
 from byrote.tables.files.checksums import discard
 from byrote.tables.files.headers import check_fields, parse_object, read_header
-from byrote.tables.table import RowState, check_row_ids
+from byrote.tables.table import UNKNOWN, RowState, check_row_ids
 
 FORMAT_VERSION = 1
 HEADER = {"digest": str, "generation": int, "num_rows": int, "width": int, "codec": str}
@@ -34,7 +35,14 @@ Pieces = tuple[torch.dtype, tuple[int, ...], Callable[[], Iterator[Tensor]]]
 
 
 def header_of(table: Any) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, **{name: getattr(table, name) for name in HEADER}}
+    about = {name: getattr(table, name) for name in HEADER}
+    identity = {"identity": f"{table.identity:016x}"} if table.identity != UNKNOWN else {}
+    return {"format_version": FORMAT_VERSION, **about, **identity}
+
+
+def identity_in(header: Mapping[str, Any]) -> int:
+    """Of a header, a pointer or any other JSON; UNKNOWN where it holds none."""
+    return int(header.get("identity", "0"), 16)
 
 
 def save_state_file(path: Path, table: Any, rows: Tensor, state: RowState) -> None:
@@ -100,6 +108,8 @@ def load_state_file(path: Path, table: Any) -> tuple[Tensor, RowState]:
                 f"{path}: row state has {field} {header[field]}, the table has {getattr(table, field)}; "
                 "take rows and row state from one checkpoint"
             )
+    if UNKNOWN not in (identity_in(header), table.identity) and identity_in(header) != table.identity:
+        raise ValueError(f"{path}: the row state is of another training than the table; take both from one checkpoint")
     rows = row_ids(path, arrays, table.num_rows)
     for name, array in arrays.items():
         if array.dtype != torch.float32 or array.shape[:1] != rows.shape:

@@ -55,6 +55,9 @@ class CachedTable(Table):
     width = property(lambda self: self.base.width)
     digest = property(lambda self: self.base.digest)
     generation = property(lambda self: self.base.generation)
+    identity = property(
+        lambda self: self.base.identity, lambda self, identity: setattr(self.base, "identity", identity)
+    )
     followers = property(lambda self: self.base.followers)
     writes = property(lambda self: self.base.writes)  # type: ignore[assignment]
 

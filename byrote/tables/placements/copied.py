@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from byrote.tables.placements.cached import CachedTable
 from byrote.tables.placements.overlay import OverlayTable
 from byrote.tables.placements.sparse import SparseRows
 from byrote.tables.table import RowState, StateFields, check_row_ids
@@ -88,3 +89,18 @@ class CopiedTable(OverlayTable):
             return own
         below = self.base.touched().cpu()
         return torch.cat([own, below[self.top.find(below) < 0]]).sort().values
+
+
+def differing(tables: list[Any]) -> Tensor:
+    """Ids of the rows in which tables of one shape may differ, ascending: few among copies of one table, else all."""
+    if len({id(original(table)) for table in tables}) > 1:
+        return torch.arange(tables[0].num_rows)
+    own = [table.base if isinstance(table, CachedTable) else table for table in tables]
+    changed = [table.top.ids() for table in own if isinstance(table, CopiedTable)]
+    return torch.unique(torch.cat(changed)) if changed else torch.zeros(0, dtype=torch.int64)
+
+
+def original(table: Any) -> Any:
+    """What a table is a copy of; itself where it is none."""
+    table = table.base if isinstance(table, CachedTable) else table
+    return table.base if isinstance(table, CopiedTable) else table

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS
-from byrote.tables.files.format import check_wanted, header_of, save_state_file, stream, table_header
+from byrote.tables.files.format import check_wanted, header_of, identity_in, save_state_file, stream, table_header
 from byrote.tables.files.headers import read_header
 from byrote.tables.files.released import NUMBERS, Form
 from byrote.tables.files.rows import RowsFile
 from byrote.tables.records import decode
 from byrote.tables.rules import RowRule
-from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
+from byrote.tables.table import UNKNOWN, Followers, RowState, StateFields, Table, check_row_ids
 
 CHUNK_BYTES = 16 << 20  # of rows in memory while a file is written
 DTYPES = {"U8": torch.uint8, **NUMBERS}
@@ -35,10 +35,10 @@ class FileTable(Table):
 
     def __init__(
         self, path: Path, values: RowsFile, *, width: int, codec: str, digest: str, generation: int = 0,
-        scales: RowsFile | None = None, form: Form | None = None,
+        identity: int = UNKNOWN, scales: RowsFile | None = None, form: Form | None = None,
     ) -> None:  # fmt: skip
         self.path, self.num_rows, self.width, self.codec = path, values.num_rows, width, codec
-        self.digest, self.generation, self.form = digest, generation, form
+        self.digest, self.generation, self.identity, self.form = digest, generation, identity, form
         self._codec, self._values, self._scales = CODECS[codec], values, scales
         self.followers = Followers()
 
@@ -58,7 +58,7 @@ class FileTable(Table):
             raise ValueError(f"{path}: tensor 'rows' must be {codec.dtype} {shape} as its header says, got {found}")
         return cls(
             path, RowsFile([place]), width=width, codec=codec.name, digest=header["digest"],
-            generation=int(header["generation"]),
+            generation=int(header["generation"]), identity=identity_in(header),
         )  # fmt: skip
 
     @classmethod

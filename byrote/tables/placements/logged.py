@@ -5,8 +5,8 @@
 A record, which holds both, is that of `record.py`. The table equals a RamTable to the last bit.
 
 `checkpoint(path)` makes the present generation durable in the log and writes a pointer, a JSON of a line:
-{format_version, log: relative path, generation, committed}. `committed` is the log's number of it, and not the
-table's, since a run that was resumed from an earlier checkpoint reaches a generation twice. `save` writes a whole
+{format_version, log: relative path, generation, identity, committed}. `committed` is the log's number of it, and not
+the table's, since a run that was resumed from an earlier checkpoint reaches a generation twice. `save` writes a whole
 merged table.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import chance
-from byrote.tables.files.format import FORMAT_VERSION, header_of, load_state_file, stream
+from byrote.tables.files.format import FORMAT_VERSION, header_of, identity_in, load_state_file, stream
 from byrote.tables.files.headers import check_fields, parse_object
 from byrote.tables.files.rows import sample
 from byrote.tables.log import disk
@@ -64,11 +64,11 @@ def _about(folder: Path) -> dict[str, Any]:
 class LoggedTable(Table):
     """`base`: any table, only read. `fields`: the state of the one rule that trains it."""
 
-    def __init__(self, base: Any, log: RowLog, fields: StateFields, generation: int) -> None:
+    def __init__(self, base: Any, log: RowLog, fields: StateFields, generation: int, identity: int) -> None:
         self.base, self.log, self.record = base, log, Record(base.codec, base.width, fields)
         self.fields = self.record.fields
         self.num_rows, self.width, self.digest, self.codec = base.num_rows, base.width, base.digest, base.codec
-        self.generation, self.writes = generation, 0
+        self.generation, self.identity, self.writes = generation, identity, 0
         self.followers = Followers()
 
     @classmethod
@@ -80,7 +80,7 @@ class LoggedTable(Table):
             folder, num_rows=base.num_rows, record_bytes=size, digest=base.digest,
             base=json.dumps(about), generation=base.generation, **settings,
         )  # fmt: skip
-        return cls(base, log, fields, base.generation)
+        return cls(base, log, fields, base.generation, base.identity)
 
     @classmethod
     def open(cls, path: Path, *, num_rows: int, width: int, digest: str, lock: bool = False) -> LoggedTable:
@@ -102,7 +102,7 @@ class LoggedTable(Table):
             )
         size = Record(base.codec, base.width, about["fields"]).size
         log = RowLog.open(folder, pointer["committed"], num_rows=num_rows, record_bytes=size, digest=digest, lock=lock)
-        return cls(base, log, about["fields"], pointer["generation"])
+        return cls(base, log, about["fields"], pointer["generation"], identity_in(pointer))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedTable:
         return CopiedTable(self)
@@ -183,7 +183,12 @@ class LoggedTable(Table):
         committed = self.log.next_generation
         self.log.commit(committed)
         log = os.path.relpath(self.log.folder, path.parent)
-        content = {"log": log, "generation": self.generation, "committed": committed}
+        content = {
+            "log": log,
+            "generation": self.generation,
+            "committed": committed,
+            "identity": f"{self.identity:016x}",
+        }
         disk.replace_json(path, {"format_version": FORMAT_VERSION, **content})
         return True
 
@@ -242,7 +247,7 @@ class LoggedTable(Table):
         table = RamTable.open(self.base.path, num_rows=self.num_rows, width=self.width, digest=self.digest)
         for rows, values in self.changed():
             table.write(rows, values)
-        table.generation = self.generation
+        table.generation, table.identity = self.generation, self.identity
         return table
 
     def touched(self) -> Tensor:

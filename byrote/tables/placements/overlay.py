@@ -46,7 +46,7 @@ class OverlayTable(Table):
                 )
         self.base, self.top, self.writable = base, top, writable
         self.num_rows, self.width, self.digest = base.num_rows, base.width, base.digest
-        self.generation = base.generation
+        self.generation, self.identity = base.generation, base.identity
         self.codec: str = getattr(base, "codec", None) or base.stats()["codec"]  # of a merged file
         self.followers = Followers()
         self._state: RowState = {}
@@ -58,8 +58,8 @@ class OverlayTable(Table):
         return made
 
     def _take(self, other: OverlayTable, memo: dict[int, Any]) -> None:
-        """The generation and the rule state of an overlay with the same rows."""
-        self.generation = other.generation
+        """Generation, identity and rule state of an overlay with the same rows."""
+        self.generation, self.identity = other.generation, other.identity
         self._state, self._trained = copy.deepcopy((other._state, other._trained), memo)
 
     @torch.no_grad()

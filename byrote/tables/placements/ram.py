@@ -16,13 +16,21 @@ import torch
 from torch import Tensor
 
 from byrote.tables.codecs import CODECS, chance
-from byrote.tables.files.format import check_wanted, header_of, load, load_state_file, save_state_file, stream
+from byrote.tables.files.format import (
+    check_wanted,
+    header_of,
+    identity_in,
+    load,
+    load_state_file,
+    save_state_file,
+    stream,
+)
 from byrote.tables.host_memory import ask_for_huge_pages
 from byrote.tables.placements.copied import CopiedTable
 from byrote.tables.records import decode, scatter
 from byrote.tables.row_state import TouchedState
 from byrote.tables.rules import CPU, RowRule
-from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids
+from byrote.tables.table import Followers, RowState, StateFields, Table, check_row_ids, first_identity
 
 DRAWN = 1 << 16  # rows at a time: a packed table is never held in float32
 
@@ -44,6 +52,7 @@ class RamTable(Table):
         self.num_rows, self.width, self.digest, self.codec = num_rows, width, digest, codec
         self._codec = CODECS[codec]
         self.generation = self.writes = 0
+        self.identity = first_identity(digest, codec, std, seed)
         self._std, self._seed = std, seed
         self._rows: Tensor | None = None
         self._state = TouchedState(num_rows)
@@ -188,8 +197,8 @@ class RamTable(Table):
             self._state.write(rows.to(self.device), state)
 
     def _take_state(self, table: RamTable) -> None:
-        """The generation, and the rule state, of a table with the same rows."""
-        self.generation, touched = table.generation, table.touched()
+        """Generation, identity and rule state of a table with the same rows."""
+        self.generation, self.identity, touched = table.generation, table.identity, table.touched()
         self.replace_state(touched, table.read_state(touched, table.fields))
 
     def touched(self) -> Tensor:
@@ -212,5 +221,5 @@ class RamTable(Table):
         if rows is None or rows.dtype != dtype or list(rows.shape) != shape:
             found = "no tensor" if rows is None else f"{rows.dtype} {list(rows.shape)}"
             raise ValueError(f"{path}: tensor 'rows' must be {dtype} {shape} as its header says, got {found}")
-        table._rows, table.generation = rows, int(header["generation"])
+        table._rows, table.generation, table.identity = rows, int(header["generation"]), identity_in(header)
         return table

@@ -83,6 +83,14 @@ class ShardedTable(Table):
     def generation(self, generation: int) -> None:
         self.part.generation = generation
 
+    @property
+    def identity(self) -> int:
+        return self.part.identity
+
+    @identity.setter
+    def identity(self, identity: int) -> None:
+        self.part.identity = identity
+
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         unique, inverse = self._unique(rows.reshape(-1).cpu())
@@ -120,6 +128,13 @@ class ShardedTable(Table):
                 f"{type(rule).__name__} balances rows with one another, of which a rank has its own only: "
                 "train sharded tables with row_rule 'adam' or 'adagrad'"
             )
+
+    @property
+    def own(self) -> Table:
+        return self.part
+
+    def read_own(self, rows: Tensor) -> Tensor:
+        return self.part.read(self.ranks.local(rows))
 
     def exchange(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Unique ascending rows [U] and gradients [U, W] of this rank -> of all ranks, those of the rows it owns."""
@@ -217,7 +232,7 @@ class _Part(RamTable):
 
     def __init__(self, whole: RamTable, ranks: Ranks) -> None:
         super().__init__(ranks.count(whole.num_rows), whole.width, digest=whole.digest, codec=whole.codec)
-        self.generation = whole.generation
+        self.generation, self.identity = whole.generation, whole.identity
         self._ranks = ranks
         self._whole: RamTable | None = whole
         touched = whole.touched()

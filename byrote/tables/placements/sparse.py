@@ -18,7 +18,7 @@ from byrote.tables.codecs import CODECS, chance
 from byrote.tables.files.format import header_of, load, row_ids, stream, whole
 from byrote.tables.records import decode, scatter
 from byrote.tables.row_map import RowMap
-from byrote.tables.table import check_row_ids
+from byrote.tables.table import UNKNOWN, check_row_ids
 
 
 class SparseRows:
@@ -26,6 +26,8 @@ class SparseRows:
 
     Records lie in the order in which their rows came, in arrays that grow by doubling; a `RowMap` says where.
     """
+
+    identity = UNKNOWN  # it is no training of its own
 
     def __init__(self, num_rows: int, width: int, *, digest: str, codec: str = "fp32") -> None:
         if codec not in CODECS:

@@ -105,7 +105,10 @@ def test_over_the_start_of_a_document(model, ids):
     assert_same(model, run, whole, slice(8, None))
 
 
-def test_without_recording_it_is_refused(model, ids):
-    _, cache = in_chunks(model, ids, [24])
+def test_without_recording_it_is_refused_and_changes_nothing(model, ids):
+    whole = full_forward(model, ids)
+    _, cache = in_chunks(model, ids[:, :18], [18])
     with pytest.raises(RuntimeError, match="activate_past_recording"):
-        state_of(cache).crop(-1)
+        cache.crop(-1)
+    run, _ = in_chunks(model, ids[:, 18:], [1, 5], cache=cache)
+    assert_same(model, run, whole, slice(18, None))
