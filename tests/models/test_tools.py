@@ -73,6 +73,19 @@ def test_loaded_by_either_class_it_computes_the_same(num_streams, how, ids, tmp_
         assert torch.equal(hidden, model.model(ids, use_cache=False).last_hidden_state)
 
 
+def test_buffers_offloaded_are_refused_and_weights_are_not(ids):
+    accelerate = pytest.importorskip("accelerate")
+    model = make(num_streams=4).eval()
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **greedy)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model.generate(ids, **greedy), expected)
+    other = make()
+    accelerate.cpu_offload(other, execution_device="cpu", offload_buffers=True)
+    with pytest.raises(ValueError, match="offload_buffers=False"):
+        other(ids)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_the_trunk_alone_is_trained_under_checkpointing(use_reentrant, ids):
     gradients = []
