@@ -20,15 +20,10 @@ Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def latent_attention(
-    layer: Any,
-    x: Tensor,
-    rotary: Tensor,
-    mask: Tensor | None = None,
-    cache: Cache | None = None,
-    shares: Any = None,
+    layer: Any, x: Tensor, rotary: Tensor, mask: Tensor | None = None, cache: Cache | None = None, shares: Any = None
 ) -> Tensor | None:
     """`byrote.nn.mla.MLA`: absorbed queries, rotations and the norm of the new latent."""
-    if cache is None or shares is not None or not layer.absorbs(1, cache):
+    if shares is not None or cache is None or not layer.absorbs(1, cache):
         return None
     from byrote.ops.loops.mla import enter
 
