@@ -84,6 +84,11 @@ class Memory(nn.Module):
 
     def ticket(self, rows: Tensor) -> Ticket:
         """A way to the rows [B, T, C]; RuntimeError where the backbone was saved at another generation."""
+        if self.generation.is_meta:
+            raise ValueError(
+                "the buffers of a memory were offloaded, and are looked at without calling it: offload with "
+                "offload_buffers=False"
+            )
         _ = self.table
         self._check_generation()
         if self.anchor.requires_grad and torch.is_grad_enabled():

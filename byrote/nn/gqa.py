@@ -65,10 +65,10 @@ class GroupedQueryAttention(nn.Module):
                 f"mask=None with {key.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
                 "forward without a past, or of a single token, can go without"
             )
-        few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
         if shares is not None:
             out = attend_eagerly(query, key, value, mask, self.head_dim**-0.5, shares)
         else:
+            few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
             out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
