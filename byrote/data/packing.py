@@ -15,10 +15,12 @@ first of the next, so that every token but a document's first is predicted exact
 over all of the text. What is left at the end is a shorter row, a batch of its own: nothing is padded.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +34,13 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, positions, labels
 
 @dataclass(frozen=True)
 class Tokens:
-    """tokens [N] of all documents, offsets [documents + 1]: where each begins. `fingerprint`: of the whole corpus."""
+    """tokens [N] of all documents, offsets [documents + 1]: where each begins. `corpus`: the fingerprint that the
+    whole corpus, tokenizer included, had when it was prepared.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    fingerprint: str = ""
+    corpus: str = ""
 
     @classmethod
     def open(cls, folder: Path, part: str) -> "Tokens":
@@ -54,6 +58,14 @@ class Tokens:
             return cls(tokens, offsets)
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); {PREPARE_AGAIN}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of these tokens as they are now, and of the corpus that they are of. Reads all of them, once."""
+        state = hashlib.blake2b(self.corpus.encode(), digest_size=16)
+        for array in (self.tokens, self.offsets):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

@@ -194,6 +194,9 @@ def test_a_full_disk_and_a_damaged_run(place, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a disk does that has no room for more
         refused("train", NANO, *arguments, "--out", out, names=f"{out}/checkpoints/step-000002")
+        for limit in (30_000, 10_000, 1_000):  # in a token array, the tokenizer, the documents
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            refused("data", f"files:{place / 'texts.jsonl'}", "--out", tmp_path / "data", names=tmp_path / "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     shutil.rmtree(out)

@@ -90,6 +90,8 @@ def test_generate_from_a_run_and_from_a_model_folder(place):
     greedy = run("generate", place / "run", "the memory", "--greedy", "--max-tokens", "5")
     assert greedy.startswith("the memory")
     assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", "--no-stream") == greedy
+    spelt = "the <|eos|> of"  # which is text, as it was in training
+    assert run("generate", checkpoint, spelt, "--greedy", "--max-tokens", "2").startswith(spelt)
     options = ("--max-tokens", "20", "--temperature", "2.0", "--seed")
     cached = ("--placement", "file", "--cache", "64KB")
     for places, told in (

@@ -118,6 +118,11 @@ def test_tokens_that_changed_are_another_corpus(tmp_path, lines):
     edit(lines, "remory", "memory")
     prepare(options, out)
     Loader(Packer(Tokens.open(out, "train"), 2, 8, 0), 0).load_state_dict(state)
+    tokens = np.load(out / "train.tokens.npy")
+    tokens[7] += 1
+    np.save(out / "train.tokens.npy", tokens)
+    with pytest.raises(ValueError, match="another text or tokenizer"):
+        Loader(Packer(Tokens.open(out, "train"), 2, 8, 0), 0).load_state_dict(state)
 
 
 def test_a_prompt_is_encoded_as_training_text_is(tmp_path, lines):

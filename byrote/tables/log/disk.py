@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from byrote.tables.files.headers import check_fields, parse_object
 
 
@@ -63,14 +61,16 @@ def write_all(file: int, data: bytes, at: int) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Around what writes `path`: an OSError, or what safetensors makes of one, names it."""
+    """Around what writes `path`: an OSError, or what safetensors and tokenizers make of one, names it."""
     try:
         yield
     except OSError as error:
         if error.filename is not None or isinstance(error, BrokenPipeError):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    except SafetensorError as error:
+    except Exception as error:
+        if "os error" not in str(error):  # as Rust says it
+            raise
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
