@@ -70,7 +70,7 @@ DAMAGED = {
     "table-1.safetensors": [b"", b"garbage" * 9, lambda content: content[:-5], None],
     "tokenizer.json": [b"", b"garbage", b"[]", b"{}", b"{"],
     "tokenizer_config.json": [b"{", b"[]"],
-    "generation_config.json": [b"[]"],
+    "generation_config.json": [b"[]", b"{", b""],
     "config.json": [
         b"", b"{", b"[]", b"null", b"\xff\xfe{", b"[" * 200_000, b"{}", changed(hidden_size="abc"), changed(address=3),
         changed(hidden_size=None), changed(hidden_size=96), changed(num_attention_heads=0), changed(model_type="none"),
