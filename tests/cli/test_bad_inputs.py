@@ -45,7 +45,9 @@ def refused(*arguments: object, names: object) -> None:
 READERS = {
     "generate": ("generate", "PATH", "x"),
     "gates": ("gates", "PATH", "x"),
-    "segments": ("segments", "PATH", "x"),
+    "concepts": ("concepts", "PATH", "x"),
+    "eval": ("eval", "PATH"),
+    "plot": ("plot", "PATH"),
     "info": ("info", "PATH"),
     "table info": ("table", "info", "PATH"),
     "table verify": ("table", "verify", "PATH", "--write"),
@@ -194,12 +196,17 @@ def test_a_full_disk_and_a_damaged_run(place, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a disk does that has no room for more
         refused("train", NANO, *arguments, "--out", out, names=f"{out}/checkpoints/step-000002")
-        for limit in (30_000, 10_000, 1_000):  # in a token array, the tokenizer, the documents
+        for limit in (4_000, 400):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             refused("data", f"files:{place / 'texts.jsonl'}", "--out", tmp_path / "data", names=tmp_path / "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     shutil.rmtree(out)
+    shutil.copytree(place / "data", tmp_path / "cut")
+    (tmp_path / "cut/validation.offsets.npy").write_bytes(b"garbage")
+    damaged_text = [*arguments, f"data.folder={tmp_path / 'cut'}"]
+    refused("train", NANO, *damaged_text, "--out", out, names=tmp_path / "cut/validation.offsets.npy")
+    assert not out.exists()  # refused before it was begun
     run("train", NANO, *arguments, "--out", out)
     [checkpoint] = (out / "checkpoints").iterdir()
     for name in ("training.pt", "config.json", "model.safetensors", "row_state/table-1.safetensors"):
