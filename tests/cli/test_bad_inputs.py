@@ -190,7 +190,7 @@ def test_settings_that_cannot_be(place, tmp_path):
 
 
 def test_a_full_disk_and_a_damaged_run(place, tmp_path):
-    out, arguments = tmp_path / "run", settings(place, steps=2)
+    out, arguments = tmp_path / "run", settings(place, steps=2, schedule="constant")
     run("data", f"files:{place / 'texts.jsonl'}", "--out", place / "data", "--vocab-size", "280")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -209,6 +209,7 @@ def test_a_full_disk_and_a_damaged_run(place, tmp_path):
     assert not out.exists()  # refused before it was begun
     run("train", NANO, *arguments, "--out", out)
     [checkpoint] = (out / "checkpoints").iterdir()
+    arguments = settings(place, steps=3, schedule="constant")
     for name in ("training.pt", "config.json", "model.safetensors", "row_state/table-1.safetensors"):
         path = checkpoint / name if (checkpoint / name).exists() else next((checkpoint / name).parent.iterdir())
         content = path.read_bytes()
