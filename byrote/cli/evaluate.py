@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal, write
 
 
 def evaluate(
@@ -25,7 +26,7 @@ def evaluate(
     from byrote.train.run import evaluate_checkpoint
 
     logging.disable_progress_bar()
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = terminal()
     if step_of(run) is not None and run.parent.name == "checkpoints":
         run, checkpoint = run.parent.parent, checkpoint or run.name
     found = checkpoint_of(run, checkpoint)
@@ -38,5 +39,4 @@ def evaluate(
         soft_wrap=True,
     )
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"checkpoint": found.name, **asdict(score)}, indent=2) + "\n")
+        write(json_file, json.dumps({"checkpoint": found.name, **asdict(score)}, indent=2) + "\n")
