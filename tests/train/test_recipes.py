@@ -177,9 +177,11 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "flat.toml").write_text("train = 3\n")
     with pytest.raises(ValueError, match="train is 3; it is a section"):
         Recipe.load(tmp_path / "flat.toml")
-
+    (tmp_path / "top.toml").write_text("trian = 3\n")
+    with pytest.raises(ValueError, match=r"top\.toml is not a recipe: unknown key trian: did you mean train"):
+        Recipe.load(tmp_path / "top.toml", ["train.steps=3"])
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="it holds no sections"):
+    with pytest.raises(ValueError, match="it has sections"):
         Recipe.load(tmp_path / "list.json")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"bytes\.toml is not a recipe"):
