@@ -1,8 +1,8 @@
 """One token a row on a CPU: what a layer does as one loop, where calling torch costs more than its work.
 
-A function has the arguments of the layer's method that it stands in for, and answers what that does, or None where torch
-is as good. The layers in `byrote.nn` hold the formulas and are the plain twins; `byrote.ops.dispatch` says when a loop is
-asked at all. Inputs may lie in memory in any way; weights are contiguous.
+A function has the arguments of the layer's method that it stands in for, and answers what that does, or None where
+torch is as good. The layers in `byrote.nn` hold the formulas and are the plain twins; `byrote.ops.dispatch` says when a
+loop is asked at all. Inputs may lie in memory in any way; weights are contiguous.
 """
 
 from __future__ import annotations
