@@ -49,7 +49,9 @@ def generate(
             f"--draft mtp: {folder} has no modules that predict further tokens; train a model with "
             "model.num_nextn_predict_layers=1, as recipes/tiny-mtp.toml does, or leave --draft out"
         )
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(
+        prompt, return_tensors="pt", return_token_type_ids=False, split_special_tokens=True
+    )  # as in training: text that spells a special token is text
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {} if greedy else {"temperature": temperature}
     shown = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None

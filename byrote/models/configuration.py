@@ -105,10 +105,10 @@ class MemoryConfig(PreTrainedConfig):
 
         A model calls it too, since fields may have been set after the config was made.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in self.own_fields() and not (field.type is float and type(value) is int):
-                type_validator(field.name, value, field.type)
+        for name, kind in self.own_fields().items():
+            value = getattr(self, name)
+            if not (kind is float and type(value) is int):
+                type_validator(name, value, kind)
         for name in ("router_bias_update_rate", "balance_loss_alpha", "initializer_range", "memory_initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 self._refuse(name, "a finite number, 0 or more")
@@ -147,10 +147,10 @@ class MemoryConfig(PreTrainedConfig):
         return found
 
     @classmethod
-    def own_fields(cls) -> list[str]:
-        """The fields of this config without those that every config of transformers has."""
+    def own_fields(cls) -> dict[str, Any]:
+        """The fields of this config, and their types, without those that every config of transformers has."""
         common = {each.name for each in dataclasses.fields(PreTrainedConfig)}
-        return [each.name for each in dataclasses.fields(cls) if each.name not in common]
+        return {each.name: each.type for each in dataclasses.fields(cls) if each.name not in common}
 
     @classmethod
     def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> Self:

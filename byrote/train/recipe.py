@@ -189,9 +189,8 @@ def model_fields(preset: str) -> dict[str, Any]:
     """
     from byrote.models.families import config_class
 
-    kind = config_class(preset)
-    types = typing.get_type_hints(kind)
-    return {name: types[name] for name in kind.own_fields() if name not in ("address", "vocab_size")}
+    fields = config_class(preset).own_fields()
+    return {name: kind for name, kind in fields.items() if name not in ("address", "vocab_size")}
 
 
 def _model(content: dict[str, Any]) -> ModelRecipe:

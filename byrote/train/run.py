@@ -162,7 +162,7 @@ def sample(recipe: Recipe, trainer: Trainer, data: Path) -> str:
     """A continuation of the recipe's prompt, or of how the first validation document begins."""
     prompt, tokens = recipe.train.prompt, trainer.validation.data
     if prompt:
-        ids = trainer.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = trainer.tokenizer(prompt, return_tensors="pt", split_special_tokens=True).input_ids
     else:
         ids = torch.from_numpy(tokens.tokens[: min(12, int(tokens.offsets[1]) - 1)].astype("int64"))[None]
     trainer.model.eval()

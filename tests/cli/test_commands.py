@@ -87,6 +87,8 @@ def test_generate_from_a_run_and_from_a_model_folder(place):
     greedy = run("generate", place / "run", "the memory", "--greedy", "--max-tokens", "5")
     assert greedy.startswith("the memory")
     assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", "--no-stream") == greedy
+    spelled = run("generate", place / "run", "the <|eos|> memory", "--greedy", "--max-tokens", "1")
+    assert spelled.startswith("the <|eos|> memory")  # text that spells a special token is text, as in training
     options = ("--max-tokens", "20", "--temperature", "2.0", "--seed")
     cached = ("--placement", "file", "--cache", "64KB")
     for places, told in (

@@ -52,7 +52,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> SegmentTrace:
     config: Any = model.config
     if not getattr(config, "num_concept_layers", 0):
         raise ValueError("the model has no concepts, so there are no segments: train one with recipes/dlcm-tiny.toml")
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]  # as in training: text that spells one is text
     if not ids:
         raise ValueError("the text has no tokens: give some")
     training, device = model.training, next(model.parameters()).device

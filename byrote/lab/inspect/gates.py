@@ -80,7 +80,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
     memories = {name: module for name, module in model.named_modules() if isinstance(module, Engram)}
     if not memories:
         raise ValueError("the model has no Engram layer, so there are no gates: give a model with a memory")
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]  # as in training: text that spells one is text
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         memory.gate.register_forward_hook(lambda _module, _inputs, gates, name=name: seen.update({name: gates}))
