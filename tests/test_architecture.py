@@ -12,9 +12,9 @@ from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedMod
 from transformers.cache_utils import CacheLayerMixin
 
 ROOT = Path(__file__).parents[1] / "byrote"
-PACKAGES = "compiled vectors address tables memory nn models graft interop data train lab cli".split()  # noqa: SIM905
+PACKAGES = "compiled address tables ops memory nn models graft interop data train lab cli".split()  # noqa: SIM905
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if len(path.relative_to(ROOT).parts) > 1)
-WITHOUT_TRANSFORMERS = ("address", "tables", "nn")
+WITHOUT_TRANSFORMERS = ("address", "tables", "ops", "nn")
 
 OTHERS = (Cache, CacheLayerMixin, GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer)
 PRIVATE = {name for other in OTHERS for name in dir(other) if name[0] == "_" != name[-1]}

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from byrote.address.spec import DEAD, LayerAddress
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 

@@ -9,13 +9,13 @@ A negative x has the floor remainder p - 1 - (~x mod p). A division takes severa
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from byrote.address.spec import DEAD
+from byrote.compiled.loops import compiled
 
 
 @intrinsic
@@ -30,7 +30,7 @@ def _high(typingctx, a, b):
     return types.uint64(types.uint64, types.uint64), generate
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def hash_windows(windows, multipliers, primes, offsets, pad_id, out):
     """out [M, (N - 1) K] for windows [M, N], multipliers [N], primes [N - 1, K], offsets [(N - 1) K]; all int64."""
     orders, heads = primes.shape
@@ -56,7 +56,7 @@ def hash_windows(windows, multipliers, primes, offsets, pad_id, out):
                 out[i, column] = (r ^ sign) + (p & sign) + offsets[column]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def canonical_ids(vocabulary, ids, alive, out):
     """out [M] for ids and alive [M], which may be empty: all are; whether all living ids are in the vocabulary."""
     known = True
@@ -70,7 +70,7 @@ def canonical_ids(vocabulary, ids, alive, out):
     return known
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def windows(ids, starts, tail, out):
     """out [B, T, N] for ids and starts [B, T] and the tail [B, N - 1]; a token walks back until its document ends."""
     rows, tokens, order = out.shape

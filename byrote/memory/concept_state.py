@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from byrote.memory.sequence import Sequence, stepping
+from byrote.compiled.loops import stepping
+from byrote.memory.sequence import Sequence
 from byrote.memory.state import Field, MemoryState
 
 NOWHERE = -1

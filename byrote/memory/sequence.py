@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byrote.compiled.loops import stepping
+
 NO_POSITION = -2  # never the predecessor of a position: a first token always starts a document
 
 
@@ -82,11 +84,6 @@ class Sequence:
         keys = torch.arange(key_alive.shape[1], device=self.alive.device)[None, None, :]
         visible = (keys <= queries) & (keys >= self.document[:, :, None]) & key_alive[:, None, :]
         return (visible | (keys == queries)).unsqueeze(1)
-
-
-def stepping(x: Tensor) -> bool:
-    """Whether values of x can be looked at for nothing: a GPU would have to be waited for, a compiler has none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def carry(tail: Tensor, columns: Tensor, alive: Tensor, starts: Tensor, empty: float) -> Tensor:

@@ -22,6 +22,7 @@ from byrote.nn.hyper import Convention, GatedExit, HyperConnection, ManifoldConn
 from byrote.nn.mla import Cache
 from byrote.nn.moe import MLP, DeepSeekMoE
 from byrote.nn.norm import RMSNorm
+from byrote.nn.router import Router
 
 Connection = Residual | HyperConnection | ManifoldConnection
 
@@ -67,7 +68,7 @@ class Block(GradientCheckpointingLayer):
         self.attention = attention
         self.experts_connection = connection(config, hidden_size, sublayer + 1)
         self.experts_norm = RMSNorm(hidden_size, eps=config.rms_norm_eps)
-        self.experts = experts
+        self.experts, self.routed = experts, isinstance(experts, DeepSeekMoE)
 
     def forward(
         self,
@@ -98,7 +99,7 @@ class Block(GradientCheckpointingLayer):
         x, write = self.attention_connection(streams)
         streams = write(self.attention(self.attention_norm(x), rotary, mask, cache, shares))
         x, write = self.experts_connection(streams)
-        if isinstance(self.experts, MLP):
+        if not self.routed:
             return BlockOutput(write(self.experts(self.experts_norm(x))), None, None, columns)
         y, stats = self.experts(self.experts_norm(x), sequence.alive)
         return BlockOutput(write(y), stats.counts, stats.balance_loss, columns)
@@ -124,6 +125,8 @@ def exit_of(config: StreamConfig, hidden_size: int) -> GatedExit | MeanExit:
 def record(block: Any, output: BlockOutput, balance: list[Tensor]) -> None:
     """Hand the load of the experts to their router, outside of a block that may run twice; collect balance losses."""
     if output.counts is not None:
-        block.experts.router.record(output.counts)
+        routers = [module for module in block.experts.modules() if isinstance(module, Router)]
+        # An adapter that trains a whole router keeps the frozen one beside it.
+        next((router for router in routers if router.weight.requires_grad), routers[0]).record(output.counts)
     if output.balance_loss is not None:
         balance.append(output.balance_loss)

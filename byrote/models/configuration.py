@@ -39,6 +39,7 @@ class MemoryConfig(PreTrainedConfig):
     """`presets` are the named shapes of a subclass; `vocabulary`, an argument and no field, sets the addresses."""
 
     presets: ClassVar[dict[str, dict[str, Any]]]
+    memory_fusion: ClassVar[str] = "streams"  # what a family has that offers no other
     auto_map: ClassVar[dict[str, str]] = {}  # no code beside the weights; TRL reads it of any model that it opens
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 

@@ -22,6 +22,11 @@ from byrote.models.configuration import MemoryConfig
 from byrote.nn.mla import Cache as AttentionCache
 from byrote.nn.mtp import shift
 
+# Ids decide which rows are read and what is refused: torch.compile begins its graphs behind that.
+outside = torch.compiler.disable(
+    reason="byrote reads token ids and rows of tables outside of compiled graphs: compile without fullgraph=True"
+)
+
 
 class Entered(NamedTuple):
     """x [B, T, d], the embeddings; mask [B, 1, T, S], as `Inputs.place` gives it; tickets of the memories, by layer."""
@@ -49,6 +54,7 @@ class Inputs:
     begins: Tensor | None
 
     @classmethod
+    @outside
     def of(
         cls,
         config: MemoryConfig,
@@ -60,6 +66,7 @@ class Inputs:
         further: dict[str, Any],
     ) -> Inputs:
         """ValueError unless `input_ids` are ids and the rest has their shape. Unknown ids are refused by `enter`."""
+        _check_run()
         if input_ids is None:
             input_ids = _stand_ins(inputs_embeds, config)
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -84,6 +91,7 @@ class Inputs:
             position_ids = None
         return cls(config, input_ids, attention_mask, position_ids, cache, past, inputs_embeds, begins)
 
+    @outside
     def enter(self, embed_tokens: nn.Module, memories: MemoryStack | None, state: MemoryState | None) -> Entered:
         """Place the tokens, send for their rows, embed them, and let the decode state know them."""
         sequence, mask = self.place(state)
@@ -170,6 +178,17 @@ class Inputs:
         return sequence.mask(past, nn.functional.pad(key_alive, (0, self._slots - self._known)))
 
 
+def _check_run() -> None:
+    """ValueError under a tool that keeps what one run did as a program."""
+    tool = "torch.jit.trace" if torch.jit.is_tracing() else "torch.export" if torch.compiler.is_exporting() else None
+    if tool is not None:
+        raise ValueError(
+            f"{tool} keeps the operations of one run, and which rows, experts and concepts a token takes follows from "
+            "its ids (tables are no part of such a program, either): share the folder of save_pretrained, and make "
+            "the model faster with torch.compile(model)"
+        )
+
+
 def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
     """What the attention of a layer keeps its keys and values with."""
     if cache is None:
@@ -192,6 +211,7 @@ def targets_of(
     return shift(labels, 1, empty=-100)
 
 
+@outside
 def _check_labels(name: str, labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
     _check_shape(name, labels, list(tokens.shape[:2]))
     if labels.dtype != torch.int64:

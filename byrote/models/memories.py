@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
-from torch import nn
 
 from byrote.address.vocabulary import resize, vocabulary_digest
 from byrote.memory import MemoryStack
 from byrote.memory.state import Field
-from byrote.models.block import Block
 from byrote.models.configuration import MemoryConfig
-from byrote.nn.engram import Engram
 from byrote.tables import RamTable
 
 
@@ -39,12 +34,11 @@ def make_memories(config: MemoryConfig, vocabulary: np.ndarray | None) -> Memory
     return MemoryStack(spec, vocabulary, make_table)
 
 
-def memory_fields(memories: MemoryStack | None, layers: Iterable[nn.Module]) -> dict[str, Field]:
-    """The tails of the memories and of their short convolutions."""
+def memory_fields(memories: MemoryStack | None, config: MemoryConfig) -> dict[str, Field]:
+    """The tails of the memories and of their short convolutions, by the config: a layer may stand in a wrapper."""
     fields = {} if memories is None else memories.fields()
-    for i, layer in enumerate(layers):
-        assert isinstance(layer, Block)
-        if isinstance(layer.memory, Engram) and layer.memory.tail_length:
-            width = layer.memory.num_streams * layer.memory.hidden_size
-            fields[f"convolution.{i}"] = Field(layer.memory.tail_length, (width,), dtype=None)
+    length = (config.memory_kernel_size - 1) * (len(config.memory_table_sizes) + 1)
+    width = config.hidden_size * (1 if config.memory_fusion == "single" else config.num_streams)
+    for layer_id in config.memory_layers if length > 0 else ():
+        fields[f"convolution.{layer_id}"] = Field(length, (width,), dtype=None)
     return fields

@@ -28,8 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
-
 
 class BoundaryHead(nn.Module):
     """`scan_size` s: of q and k; 0 compares the states themselves, without parameters."""
@@ -39,8 +37,8 @@ class BoundaryHead(nn.Module):
         self.scan_size = scan_size
         self.query = self.key = None
         if scan_size:
-            self.query = nn.Linear(hidden_size, scan_size, bias=False)
-            self.key = nn.Linear(hidden_size, scan_size, bias=False)
+            self.query = Exact(hidden_size, scan_size, bias=False)
+            self.key = Exact(hidden_size, scan_size, bias=False)
 
     @torch.no_grad()
     def start(self) -> Tensor:
@@ -53,9 +51,6 @@ class BoundaryHead(nn.Module):
 
     def forward(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p, 0 where not alive; q [B, T, s]). `tail`: the q of the token before, anything where there is none."""
-        weights = () if self.query is None or self.key is None else (self.query.weight, self.key.weight)
-        if not self.training and decoding(h, *weights):
-            return self._compiled(h, starts, alive, tail)
         with torch.autocast(h.device.type, enabled=False):
             query, key = self._project(h.to(torch.promote_types(h.dtype, torch.float32)))
             before = torch.zeros_like(query[:, :1]) if tail is None else tail.to(query.dtype)
@@ -65,16 +60,15 @@ class BoundaryHead(nn.Module):
         return torch.where(starts, torch.ones_like(p), p).masked_fill(~alive, 0), query
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        if self.query is None or self.key is None:
-            return h, h
-        return F.linear(h, self.query.weight.to(h.dtype)), F.linear(h, self.key.weight.to(h.dtype))
+        """q and k of h, which is float32 at least."""
+        return (h, h) if self.query is None or self.key is None else (self.query(h), self.key(h))
 
-    def _compiled(self, h: Tensor, starts: Tensor, alive: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, key = self._project(h)
-        before = query.new_zeros(len(query), query.shape[2]) if tail is None else tail[:, 0].to(query.dtype)
-        p = query.new_empty(query.shape[:2])
-        run(kernels("concepts").boundary, *(x.contiguous() for x in (query, key, before, starts, alive)), p)
-        return p, query
+
+class Exact(nn.Linear):
+    """In the precision of what it is given, whatever its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def sharpen(p: Tensor, tau: float) -> Tensor:

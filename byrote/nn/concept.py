@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byrote.memory.sequence import stepping
+from byrote.compiled.loops import stepping
 
 Convention = Literal["close", "open", "literal"]
 CONVENTIONS = ("close", "open", "literal")

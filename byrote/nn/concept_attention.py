@@ -31,9 +31,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
-from byrote.nn.gqa import FEW, FEW_NUMBERS, attend, attend_few, in_storage, split_heads
-from byrote.nn.norm import RMSNorm, rms_norm
+from byrote.nn.gqa import FEW, attend, attend_few, split_heads
+from byrote.nn.norm import RMSNorm
 
 Weighting = Literal["replicated", "uniform"]
 Kernel = Literal["dense", "sdpa", "flex", "varlen"]
@@ -123,37 +122,18 @@ class ConceptAttention(nn.Module):
     def keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H_kv, M, n] of concepts [B, M, d_c]: all that a later token needs of them."""
         z = self.concept_norm(z)
-        return rms_norm(self.k_norm, split_heads(self.k_proj(z), self.head_dim)), split_heads(
-            self.v_proj(z), self.head_dim
-        )
+        key, value = (split_heads(layer(z), self.head_dim) for layer in (self.k_proj, self.v_proj))
+        return self.k_norm(key), value
 
     def forward(self, h: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor:
         """What is to be added to h, [B, T, d_t]."""
-        query = self.q_proj(self.token_norm(h))
-        if h.shape[1] <= FEW and (read := self._read_compiled(query, key, value, places)) is not None:
-            return self.o_proj(read)
-        query = rms_norm(self.q_norm, split_heads(query, self.head_dim))
+        query = self.q_norm(split_heads(self.q_proj(self.token_norm(h)), self.head_dim))
         key, value = key.to(query.dtype), value.to(query.dtype)
         kernel = KERNEL_FUNCTIONS[self.kernel]
         if h.shape[1] <= FEW:  # decoding
             kernel = dense
         out = kernel(query, key, value, places, self.weighting)
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _read_compiled(self, query: Tensor, key: Tensor, value: Tensor, places: Places) -> Tensor | None:
-        """What the tokens of query [B, T, H * n] read, likewise, as one loop; None where a loop is not for it."""
-        gain, eps = self.q_norm.weight, self.q_norm.eps
-        few = query.numel() * key.shape[2] <= FEW_NUMBERS
-        if eps is None or not few or not decoding(query, key, value, gain):
-            return None
-        flat = query.flatten(0, 1)
-        out = torch.empty_like(flat)
-        shape, *storage = in_storage(key, value)
-        tokens = places.token_document.flatten(), places.token_position.flatten()
-        concepts = places.concept_document.contiguous(), places.concept_position.contiguous()
-        where = query.shape[1], *shape, *tokens, *concepts, self.weighting == "replicated"
-        run(kernels("concepts").read, flat, gain, eps, *storage, *where, out)
-        return out.view(query.shape)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, places: Places, weighting: Weighting) -> Tensor:

@@ -23,14 +23,12 @@ one matrix.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from byrote.compiled import decoding, kernels, replaceable, run
-from byrote.nn.fuse import convolve, gate_logits, gated
 
 ZeroGateRule = Literal["sign", "copysign"]
 
@@ -55,9 +53,9 @@ class Gate(nn.Module):
 
     def logits(self, streams: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor) -> Tensor:
         """s, by products and sums, which autocast leaves alone."""
-        gain = _at_least_float32(query_gain) * _at_least_float32(key_gain)
-        queries, keys = (_at_least_float32(x).flatten(0, -3) for x in (streams, keys))
-        return gate_logits(queries, keys, gain, self.eps).view(streams.shape[:-1])
+        gain, width = _at_least_float32(query_gain) * _at_least_float32(key_gain), keys.shape[-1:]
+        queries, keys = (F.rms_norm(_at_least_float32(x), width, None, self.eps) for x in (streams, keys))
+        return (queries * (keys * gain)).sum(-1) / math.sqrt(width[0])
 
 
 class Engram(nn.Module):
@@ -117,8 +115,6 @@ class Engram(nn.Module):
 
         `tail` [B, tail_length, n * d]: the columns of the positions before, newest last, 0 where none.
         """
-        if self._steps(streams, embeddings, alive, starts, tail):
-            return self._as_one_loop(streams, embeddings, alive, starts, tail)  # type: ignore[arg-type]
         gates = self.gates(streams, embeddings)
         if alive is not None:
             gates = gates.masked_fill(~alive[..., None], 0.0)
@@ -126,36 +122,12 @@ class Engram(nn.Module):
         if not self.kernel_size:
             return (gates[..., None] * value[:, :, None]).to(streams.dtype), None
         gain = _at_least_float32(self.conv_gain)
-        u, columns = (
-            x.view(gates.shape + value.shape[-1:])
-            for x in gated(gates.flatten(0, 1), value.flatten(0, 1), gain, self.conv_eps)
-        )
-        columns = columns.to(streams.dtype)
+        # RMS(u) without a pass over u: all of a stream's u is one number times v.
+        scale = gates * (gates.square() * value.square().mean(-1, keepdim=True) + self.conv_eps).rsqrt()
+        value = value.unsqueeze(2)
+        u, columns = gates[..., None] * value, (scale[..., None] * value * gain).to(streams.dtype)
         addend = u + self.convolve(columns, _documents(alive, starts), tail)
         return addend.to(streams.dtype), columns.flatten(2)
-
-    def _steps(
-        self, streams: Tensor, embeddings: Tensor, alive: Tensor | None, starts: Tensor | None, tail: Tensor | None
-    ) -> bool:
-        """Whether one compiled loop can do the rest for a token a row, once there are keys and values."""
-        if streams.shape[1] != 1 or tail is None or alive is None or starts is None or not self.kernel_size:
-            return False
-        weights = self.query_gain, self.key_gain, self.conv_gain, self.conv_weight
-        return replaceable(self.gate, Gate) and decoding(streams, embeddings, tail, *weights)
-
-    def _as_one_loop(
-        self, streams: Tensor, embeddings: Tensor, alive: Tensor, starts: Tensor, tail: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows, (n, d) = len(streams), self.query_gain.shape
-        keys, value = (layer(embeddings).float().contiguous() for layer in (self.key, self.value))
-        inputs = streams.contiguous().view(rows, n, d), keys.view(rows, n, d), value.view(rows, d)
-        weights = self.query_gain * self.key_gain, self.conv_gain, self.conv_weight, self.dilation
-        tail = tail.reshape(rows, self.tail_length, n * d).contiguous()
-        places = tail, *(mask.reshape(rows).contiguous() for mask in (alive, starts))
-        options = self.gate.zero_gate_rule == "copysign", self.gate.eps, self.conv_eps
-        addend, columns = streams.new_empty(rows, n, d), streams.new_empty(rows, n * d)
-        run(kernels("fuse").step, *inputs, *weights, *places, *options, addend, columns)
-        return addend.view(streams.shape), columns.view(rows, 1, n * d)
 
     def gates(self, streams: Tensor, embeddings: Tensor) -> Tensor:
         keys = self.key(embeddings).unflatten(-1, (self.num_streams, self.hidden_size))
@@ -170,11 +142,23 @@ class Engram(nn.Module):
         if tail is not None:
             columns = torch.cat([tail.to(columns.dtype).view(rows, behind, *columns.shape[2:]), columns], 1)
             documents = F.pad(documents, (behind, 0))  # the tail belongs to document 0, the one that goes on
-        # One long row, in which no document goes on from a row to the next.
-        documents = documents + torch.arange(rows, device=documents.device)[:, None] * (tokens + 1)
         taps = _at_least_float32(self.conv_weight).permute(2, 0, 1)
-        z = convolve(_at_least_float32(columns).flatten(0, 1), taps, documents.flatten(), self.dilation)
-        return F.silu(z.view(columns.shape)[:, behind:])
+        return F.silu(convolve(_at_least_float32(columns), taps, documents, self.dilation)[:, behind:])
+
+
+def convolve(columns: Tensor, taps: Tensor, documents: Tensor, dilation: int) -> Tensor:
+    """Of columns [B, T, n, d] by taps [K, n, d], within documents [B, T], of which equal numbers are one.
+
+    One shifted multiply-add per tap: a convolution kernel could not stop where a document starts.
+    """
+    behind, tokens = (len(taps) - 1) * dilation, columns.shape[1]
+    columns, before = F.pad(columns, (0, 0, 0, 0, behind, 0)), F.pad(documents, (behind, 0), value=-1)
+    z = columns[:, behind:] * taps[-1]
+    for tap in range(len(taps) - 1):
+        place = slice(tap * dilation, tap * dilation + tokens)
+        others = (before[:, place] != documents)[..., None, None]
+        z = torch.addcmul(z, columns[:, place].masked_fill(others, 0.0), taps[tap])
+    return z
 
 
 class UngatedMemory(nn.Module):

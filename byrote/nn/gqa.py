@@ -19,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, run
 from byrote.nn.eager import Shares, attend_eagerly
-from byrote.nn.mla import Cache
 from byrote.nn.rope import rotate
+from byrote.ops.steps import Cache
 
 # Up to so many queries, plain products over the keys as they lie in the cache are faster than torch's attention.
 FEW = 16
-# Numbers of keys, counted for each query head, up to which one compiled loop is as fast as torch's products, or faster.
-FEW_NUMBERS = 2**20
 
 
 class GroupedQueryAttention(nn.Module):
@@ -59,16 +56,8 @@ class GroupedQueryAttention(nn.Module):
         `cache` takes the new keys and values [B, H_kv, T, d_head] and returns all S of each. `shares` takes the
         weights of the attention, which is then computed by plain products.
         """
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        few = shares is None and cache is not None and x.shape[1] <= FEW
-        compiled = few and decoding(query, key) and rotary.shape[:2] == x.shape[:2]
-        if compiled:
-            turned = torch.empty_like(query), torch.empty_like(key)
-            run(kernels("attend").turn, *(tensor.flatten(0, 1) for tensor in (query, key, rotary, *turned)))
-            query, key = turned[0], split_heads(turned[1], self.head_dim)
-        else:
-            query, key = (rotate(split_heads(tensor, self.head_dim), rotary) for tensor in (query, key))
-        value = split_heads(value, self.head_dim)
+        query, key, value = (split_heads(layer(x), self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             key, value = cache(key, value)
         if mask is None and key.shape[2] != x.shape[1] > 1:
@@ -76,14 +65,10 @@ class GroupedQueryAttention(nn.Module):
                 f"mask=None with {key.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
                 "forward without a past, or of a single token, can go without"
             )
-        few = few and (mask is not None or x.shape[1] == 1)
-        if compiled:
-            if few and (out := attend_few_compiled(query, key, value, mask)) is not None:
-                return self.o_proj(out)
-            query = split_heads(query, self.head_dim)
         if shares is not None:
             out = attend_eagerly(query, key, value, mask, self.head_dim**-0.5, shares)
         else:
+            few = cache is not None and x.shape[1] <= FEW and (mask is not None or x.shape[1] == 1)
             out = attend_few(query, key, value, mask) if few else attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -123,35 +108,3 @@ def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     shares = shares.to(rows.dtype)
     out = torch.matmul(shares.view(batch, groups, -1, shares.shape[-1]), value.to(rows.dtype))
     return out.view(batch, heads, tokens, dim)
-
-
-def attend_few_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The same for query [B, T, H * n] and a bool mask, as one loop: [B, T, H * n]. None where a loop is not for it."""
-    if query.shape[-1] * query.shape[0] * query.shape[1] * key.shape[2] > FEW_NUMBERS or not decoding(
-        query, key, value
-    ):
-        return None
-    if mask is not None and mask.dtype != torch.bool:
-        return None
-    rows, tokens, _ = query.shape
-    places, *storage = in_storage(key, value)
-    seen = query.new_empty(rows * tokens, 0, dtype=torch.bool)
-    if mask is not None:
-        seen = mask.expand(rows, 1, tokens, -1).reshape(rows * tokens, -1).contiguous()
-    flat = query.flatten(0, 1)
-    out = torch.empty_like(flat)
-    run(kernels("attend").attend, flat, *storage, tokens, *places, seen, out)
-    return out.view(query.shape)
-
-
-def in_storage(key: Tensor, value: Tensor) -> tuple[tuple[int, int, int, int], Tensor, Tensor]:
-    """((G, S, rows of n numbers from one row of the batch to the next, from one group to the next), keys and values
-    as they lie in memory, [X, n]).
-    """
-    _, groups, slots, n = key.shape
-    if key.stride() != value.stride() or key.stride()[2:] != (n, 1) or key.stride(0) % n or key.stride(1) % n:
-        key, value = key.contiguous(), value.contiguous()
-    in_row, in_group = key.stride(0) // n, key.stride(1) // n
-    length = (len(key) - 1) * in_row + (groups - 1) * in_group + slots
-    shape, apart = (length, n), (n, 1)
-    return (groups, slots, in_row, in_group), key.as_strided(shape, apart), value.as_strided(shape, apart)

@@ -41,9 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from byrote.nn.connect import connect, connectable, write_back
-from byrote.nn.mix import project, read, write
-from byrote.nn.sinkhorn import sinkhorn
+from byrote.ops.sinkhorn import sinkhorn
+from byrote.ops.streams import connect, connectable, project, read, write, write_back
 
 Write = Callable[[Tensor], Tensor]
 Copy = Callable[[Tensor, Tensor], Tensor]
@@ -83,8 +82,8 @@ class _Connection(nn.Module):
         """The biases of pre, post and H, flat."""
         raise NotImplementedError
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """pre [N, n], post [N, n], H [N, n, n] of streams [N, n, d]; and the streams, for their gradient's sake."""
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pre [N, n], post [N, n], H [N, n, n] of streams [N, n, d]."""
         raise NotImplementedError
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Write]:
@@ -100,9 +99,8 @@ class _Connection(nn.Module):
 
     def connect(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[..., Tensor]]:
         """x [N, d]; and what the write needs: the streams, H, post, and the function that takes them."""
-        pre, post, mix, streams = self.coefficients(streams)
-        x, streams = read(streams, pre)
-        return x, streams, mix, post, write
+        pre, post, mix = self.coefficients(streams)
+        return read(streams, pre), streams, mix, post, write
 
 
 class HyperConnection(_Connection):
@@ -114,7 +112,7 @@ class HyperConnection(_Connection):
         pre = torch.eye(n)[self.first]
         return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self.num_streams
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
         moved = F.linear(F.rms_norm(streams, streams.shape[-1:], None, self.norm_eps), weight).tanh().mT
@@ -124,7 +122,6 @@ class HyperConnection(_Connection):
             scale[0] * pre.squeeze(-2) + pre_bias,
             scale[1] * post.squeeze(-2) + post_bias,
             scale[2] * mix + mix_bias.view(n, n),
-            streams,
         )
 
 
@@ -161,10 +158,10 @@ class ManifoldConnection(_Connection):
         x, post, mix, streams = connect(streams, weight, bias, scale, self.norm_eps, self.eps, self.iterations)
         return x, streams, mix, post, write_back
 
-    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self.num_streams
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
-        z, streams = project(streams, weight, self.norm_eps)
+        z = project(streams, weight, self.norm_eps)
         sizes = torch.tensor([n, n, n * n], device=scale.device)
         z = torch.addcmul(bias, z, scale.repeat_interleave(sizes, output_size=len(bias)))
         pre, post, logits = z.T.contiguous().split([n, n, n * n])  # tokens last, for whole vectors
@@ -172,7 +169,7 @@ class ManifoldConnection(_Connection):
         if self.input_first:
             logits = logits.transpose(0, 1)
         mix = sinkhorn(logits, iterations=self.iterations, eps=self.eps).permute(2, 0, 1)
-        return (pre.sigmoid() + self.eps).T, 2 * post.sigmoid().T, mix, streams
+        return (pre.sigmoid() + self.eps).T, 2 * post.sigmoid().T, mix
 
 
 class MeanExit(nn.Module):
@@ -202,8 +199,8 @@ class GatedExit(nn.Module):
         weight, bias, scale = (_at_least_float32(p) for p in (self.weight, self.bias, self.scale))
         exact = _at_least_float32(streams)
         with torch.autocast(streams.device.type, enabled=False):
-            z, exact = project(exact.flatten(0, 1), weight, self.norm_eps)
-            x, _ = read(exact, (z * scale + bias).sigmoid() + EPS)
+            exact = exact.flatten(0, 1)
+            x = read(exact, (project(exact, weight, self.norm_eps) * scale + bias).sigmoid() + EPS)
         return x.view(streams.shape[0], streams.shape[1], -1).to(streams.dtype)
 
 

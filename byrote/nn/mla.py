@@ -16,8 +16,6 @@ absorbed  moves W_UK into the query and W_UV behind the sum, so that one "head" 
           products: torch's attention would need c and k_R side by side and, for want of a kernel with one
           key head this wide, copy and scale them at every token.
 
-A single token a row, of which nothing is learned, takes two compiled loops for what stands between the projections.
-
 Which is cheaper follows from the multiplications per head for T queries over S cached tokens, S >> T:
 expanded S d_c (d_nope + d_v) + T S (d_nope + d_R + d_v), absorbed T S (2 d_c + d_R). Hence absorb when
 T (2 d_c - d_nope - d_v) < d_c (d_nope + d_v); at DeepSeek-V3's widths that is T <= 170.
@@ -27,19 +25,15 @@ Shapes: x [B, T, d]; rotary [B, T, d_R/2]; mask bool [B, 1, T, S], True where a 
 Left out: attention dropout, biases, the sqrt(d/rank) factors, which the released DeepSeek code lacks too.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, decoding, kernels, replaceable, run
 from byrote.nn.eager import Shares, attend_eagerly
-from byrote.nn.norm import RMSNorm, rms_norm
+from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotate
-
-Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-FEW_PRODUCTS = 2**22  # of all queries with all latents, below which calling torch's products costs more than they do
+from byrote.ops.dispatch import matrix, one_loop
+from byrote.ops.steps import Cache, latent_attention
 
 
 class MLA(nn.Module):
@@ -74,7 +68,7 @@ class MLA(nn.Module):
             raise ValueError(f"q_lora_rank={q_lora_rank}: give a positive number, or None for no query latent")
         self.num_heads = num_heads
         self.latent_dim, self.nope_dim = kv_lora_rank, qk_nope_head_dim
-        self.rope_dim, self.value_dim, self.eps = qk_rope_head_dim, v_head_dim, eps
+        self.rope_dim, self.value_dim = qk_rope_head_dim, v_head_dim
         query_dim = qk_nope_head_dim + qk_rope_head_dim
         self.softmax_scale = query_dim**-0.5 if softmax_scale is None else softmax_scale
         # Overridable, so that a test can run either mode on any input.
@@ -92,6 +86,7 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
+    @one_loop(latent_attention)
     def forward(
         self,
         x: Tensor,
@@ -105,17 +100,10 @@ class MLA(nn.Module):
         `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
         `shares` takes the weights of the attention, which is then computed by plain products.
         """
-        compiled = shares is None and self._compiled(x, cache)
-        if compiled:
-            query, query_rope, latent, rope_key = self._enter(x, rotary)
-        else:
-            query, query_rope = self._heads(self._queries(x)).split([self.nope_dim, self.rope_dim], dim=-1)
-            query_rope = rotate(query_rope, rotary)
-            latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
-            latent, rope_key = (
-                rms_norm(self.kv_a_norm, latent).unsqueeze(1),
-                rotate(rope_key.unsqueeze(1), rotary),
-            )
+        query, query_rope = self._heads(self.queries(x)).split([self.nope_dim, self.rope_dim], dim=-1)
+        query_rope = rotate(query_rope, rotary)
+        latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent, rope_key = self.kv_a_norm(latent).unsqueeze(1), rotate(rope_key.unsqueeze(1), rotary)
         if cache is not None:
             latent, rope_key = cache(latent, rope_key)
         if mask is None and latent.shape[2] != x.shape[1] > 1:
@@ -123,59 +111,25 @@ class MLA(nn.Module):
                 f"mask=None with {latent.shape[2]} keys for {x.shape[1]} queries: give the mask, only a "
                 "forward without a past, or of a single token, can go without"
             )
-        if compiled:
-            return self.o_proj(self._attend(query, query_rope, latent, rope_key, mask))
         inputs = query, query_rope, latent, rope_key, mask
-        if shares is None and self._absorbs(x.shape[1], cache):
+        if shares is None and self.absorbs(x.shape[1], cache):
             out = self._absorbed(*inputs)
         else:
             out = self._expanded(*inputs, shares)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _compiled(self, x: Tensor, cache: Cache | None) -> bool:
-        """Whether compiled loops stand between the projections: one token a row, of which nothing is learned."""
-        if x.shape[1] != 1 or self.training:
+    def absorbs(self, tokens: int, cache: Cache | None) -> bool:
+        """Whether W_UK and W_UV are taken out of `kv_b_proj`. Where it is more than its matrix it must be called."""
+        if self.absorb is False or (self.absorb is None and cache is None) or matrix(self.kv_b_proj) is None:
             return False
-        if not replaceable(self.kv_b_proj, nn.Linear) or not replaceable(self.kv_a_norm, RMSNorm):
-            return False
-        return decoding(x, self.kv_b_proj.weight) and self._absorbs(1, cache)
-
-    def _enter(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Absorbed queries [B, H, 1, c] and [B, H, 1, r], the latent [B, 1, 1, c] and the rotary key [B, 1, 1, r]."""
-        rows, c, r = len(x), self.latent_dim, self.rope_dim
-        query, query_rope = x.new_empty(rows, self.num_heads, c), x.new_empty(rows, self.num_heads, r)
-        latent, rope_key = x.new_empty(rows, c), x.new_empty(rows, r)
-        projected = self._queries(x).view(rows, -1), self.kv_a_proj(x).view(rows, -1)
-        turns = torch.view_as_real(rotary.expand(rows, -1, -1)).reshape(rows, -1, 2).contiguous()
-        norm = self.kv_a_norm.weight, self.eps
-        run(kernels("mla").enter, *projected, turns, *norm, self.kv_b_proj.weight, query, query_rope, latent, rope_key)
-        return query[:, :, None], query_rope[:, :, None], latent[:, None, None], rope_key[:, None, None]
-
-    def _attend(
-        self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """[B, 1, H * v]; by torch's products where they are worth their call."""
-        rows, _, keys, _ = latent.shape
-        if self.num_heads * keys * self.latent_dim > FEW_PRODUCTS or not compilable(latent, rope_key):
-            return self._up(self._mixed(query, query_rope, latent, rope_key, mask)).transpose(1, 2).flatten(2)
-        seen = query.new_empty(rows, 0, dtype=torch.bool) if mask is None else mask.expand(rows, 1, 1, keys)
-        cached = latent.squeeze(1).contiguous(), rope_key.squeeze(1).contiguous()
-        out = query.new_empty(rows, self.num_heads * self.value_dim)
-        inputs = query.squeeze(2), query_rope.squeeze(2), *cached, seen.reshape(rows, -1).contiguous()
-        run(kernels("mla").attend, *inputs, self.softmax_scale, self.kv_b_proj.weight, out)
-        return out.unsqueeze(1)
-
-    def _absorbs(self, tokens: int, cache: Cache | None) -> bool:
-        if self.absorb is not None:
-            return self.absorb
         expanded_dim = self.nope_dim + self.value_dim
         cheaper = tokens * (2 * self.latent_dim - expanded_dim) < self.latent_dim * expanded_dim
-        return cache is not None and cheaper
+        return self.absorb or cheaper
 
-    def _queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor) -> Tensor:
         if not self.has_query_latent:
             return self.q_proj(x)
-        return self.q_b_proj(rms_norm(self.q_a_norm, self.q_a_proj(x)))
+        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * n] -> [B, H, S, n]"""
@@ -209,7 +163,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         up_key, _ = self._up_projections()
         # The heads become more queries of the one key head.
-        return self._up(self._mixed(torch.matmul(query_nope, up_key), query_rope, latent, rope_key, mask))
+        return self.up(self.mixed(torch.matmul(query_nope, up_key), query_rope, latent, rope_key, mask))
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, n, c] and W_UV [H, v, c]"""
@@ -217,12 +171,10 @@ class MLA(nn.Module):
         up_key, up_value = both.split([self.nope_dim, self.value_dim], dim=1)
         return up_key, up_value
 
-    def _up(self, mixed: Tensor) -> Tensor:
+    def up(self, mixed: Tensor) -> Tensor:
         return torch.matmul(mixed, self._up_projections()[1].transpose(1, 2))
 
-    def _mixed(
-        self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def mixed(self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None) -> Tensor:
         """Of absorbed queries [B, H, T, c]: the latents that each has mixed, of the same shape."""
         batch, _, tokens, _ = query.shape
         latent, rope_key = latent.to(query.dtype).squeeze(1), rope_key.to(query.dtype).squeeze(1)

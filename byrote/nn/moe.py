@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import decoding, kernels, replaceable, run
-from byrote.nn.router import Router, sequence_balance_loss
-from byrote.nn.swiglu import swiglu
-
-FEW_PRODUCTS = 2**20  # of a layer with its tokens, below which the calls cost more than the products
+from byrote.nn.router import Router, load, sequence_balance_loss
+from byrote.ops.dispatch import one_loop
+from byrote.ops.steps import mixture
 
 
 class MLP(nn.Module):
@@ -36,19 +34,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = () if self.training else self.plain_weights(x)
-        if weights and x.numel() * len(weights[0]) <= FEW_PRODUCTS and decoding(x, *weights):
-            tokens = x.reshape(-1, x.shape[-1]).contiguous()
-            out = torch.empty_like(tokens)
-            run(kernels("moe").mlp, tokens, *weights, out)
-            return out.view(x.shape)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    def plain_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Those of gate, up and down; none where a layer must be called: it refuses x, or has an adapter or a hook."""
-        layers = self.gate_proj, self.up_proj, self.down_proj
-        fits = x.shape[-1] == self.gate_proj.weight.shape[1] and all(replaceable(layer, nn.Linear) for layer in layers)
-        return tuple(layer.weight for layer in layers) if fits else ()
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Spread(torch.autograd.Function):
@@ -102,7 +88,7 @@ class Experts(nn.Module):
         if x.dtype == torch.float64:  # which grouped_mm does not know
             return self.loop(x, ids, gates)
         if self._few(x, ids):
-            return self._each(x, ids, gates)
+            return self.each(x, ids, gates)
         experts = torch.arange(self.gate_up.shape[0], device=ids.device)
         by_expert, order = ids.flatten().sort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)).view_as(ids)
@@ -118,7 +104,8 @@ class Experts(nn.Module):
         gate_up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
         # Weighing the w numbers before the down projection is cheaper than the d after it, and the same.
         weight = _Spread.apply(gates.reshape(-1, 1), order, place.view(-1, 1)).squeeze(1)
-        hidden = swiglu(gate_up, weight=weight).to(down.dtype)
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up * weight.unsqueeze(-1)).to(down.dtype)
         out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
         return _Collect.apply(out, order, place)
 
@@ -126,17 +113,8 @@ class Experts(nn.Module):
         """On a CPU a grouped product visits every expert; where that are more than pairs, visit the pairs."""
         return x.device.type == "cpu" and ids.numel() < len(self.gate_up)
 
-    def _each(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    def each(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """`forward`, one pair after the other: decoding."""
-        fits = not self.training and x.shape[-1] == self.gate_up.shape[-1]
-        if fits and decoding(x, gates, self.gate_up, self.down):
-            out = torch.empty_like(x, memory_format=torch.contiguous_format)
-            weights = self.gate_up.contiguous(), self.down.contiguous()
-            run(kernels("moe").experts, x.contiguous(), ids.contiguous(), gates.contiguous(), *weights, out)
-            return out
-        return self._each_plain(x, ids, gates)
-
-    def _each_plain(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         rows = []
         for token, (its_ids, its_gates) in enumerate(zip(ids.tolist(), gates, strict=True)):
             outs = []
@@ -203,33 +181,17 @@ class DeepSeekMoE(nn.Module):
         self.shared = MLP(hidden_size, shared_width) if shared_width else None
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> tuple[Tensor, MoeStats]:
-        if not self.training and (weights := self._plain_weights(x)) and decoding(x, *weights):
-            return self._as_one_loop(x, *weights), MoeStats(None, None)
-        ids, gates, scores = self.router(x)
-        y = self.experts(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x)
         if not self.training:
-            return y, MoeStats(None, None)
-        return y, MoeStats(self.router.load(ids, alive), sequence_balance_loss(scores, self.router.top_k, alive))
+            return self.evaluate(x), MoeStats(None, None)
+        ids, gates, scores = self.router(x)
+        stats = MoeStats(load(ids, scores.shape[-1], alive), sequence_balance_loss(scores, ids.shape[-1], alive))
+        return self._sum(x, ids, gates), stats
 
-    def _plain_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Those of router, experts and shared expert, where one compiled loop can take the place of all three."""
-        router, experts, shared = self.router, self.experts, self.shared
-        if router.scores != "sigmoid" or router.n_group > 1 or x.shape[-1] != experts.gate_up.shape[-1]:
-            return ()
-        pairs = x.numel() // x.shape[-1] * router.top_k
-        if pairs >= len(experts.gate_up) or not replaceable(router, Router) or not replaceable(experts, Experts):
-            return ()
-        own = router.weight, experts.gate_up, experts.down
-        if shared is None:
-            return (*own, *[router.weight.new_empty(0, 0)] * 3)
-        weights = shared.plain_weights(x) if replaceable(shared, MLP) else ()
-        return (*own, *weights) if weights else ()
+    @one_loop(mixture)
+    def evaluate(self, x: Tensor) -> Tensor:
+        ids, gates, _ = self.router(x)
+        return self._sum(x, ids, gates)
 
-    def _as_one_loop(self, x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1]).contiguous()
-        out, its = torch.empty_like(tokens), self.router
-        routing = router, its.selection_bias, its.top_k, its.renormalize, float(its.route_scale)
-        run(kernels("moe").moe, tokens, *routing, gate_up, down, *shared, out)
-        return out.view(x.shape)
+    def _sum(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        y = self.experts(x.flatten(0, 1), ids.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
+        return y if self.shared is None else y + self.shared(x)

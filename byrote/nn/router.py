@@ -34,8 +34,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byrote.compiled import compilable, kernels, run
-
 
 class Router(nn.Module):
     selection_bias: Tensor
@@ -93,13 +91,7 @@ class Router(nn.Module):
             best = worth.topk(self.topk_group, dim=-1).indices
             closed = torch.ones_like(worth, dtype=torch.bool).scatter(-1, best, False)
             biased = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-        return top_k(biased, self.top_k)
-
-    def load(self, ids: Tensor, alive: Tensor | None = None) -> Tensor:
-        """How many (alive) tokens chose each expert: int64 [E]."""
-        weight = torch.ones_like(ids) if alive is None else alive.unsqueeze(-1).expand_as(ids).long()
-        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
-        return counts.scatter_add_(0, ids.flatten(), weight.flatten())
+        return biased.topk(self.top_k, dim=-1).indices
 
     def record(self, counts: Tensor) -> None:
         """Add one forward's load to what the next `update_bias` sees; in evaluation do nothing.
@@ -133,19 +125,17 @@ class Router(nn.Module):
         return self
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Ids int64 [..., k] of the largest of scores [..., E], the largest first."""
-    if not compilable(scores):
-        return scores.topk(k, dim=-1).indices
-    ids = torch.empty(*scores.shape[:-1], k, dtype=torch.int64)
-    run(kernels("top_k").top_k, scores.reshape(-1, scores.shape[-1]).contiguous(), ids.view(-1, k))
-    return ids
+def load(ids: Tensor, num_experts: int, alive: Tensor | None = None) -> Tensor:
+    """How many (alive) tokens chose each expert: int64 [E]."""
+    weight = torch.ones_like(ids) if alive is None else alive.unsqueeze(-1).expand_as(ids).long()
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten(), weight.flatten())
 
 
 def sequence_balance_loss(scores: Tensor, k: int, alive: Tensor | None = None) -> Tensor:
     """scores [B, T, E], alive bool [B, T] -> one loss per sequence [B]; 0 where nothing is alive."""
     experts = scores.shape[-1]
-    chosen = torch.zeros_like(scores).scatter(-1, top_k(scores.detach(), k), 1.0)
+    chosen = torch.zeros_like(scores).scatter(-1, scores.detach().topk(k, dim=-1).indices, 1.0)
     shares = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     weight = torch.ones_like(scores[..., :1]) if alive is None else alive.unsqueeze(-1).to(scores.dtype)
     tokens = weight.sum(dim=1).clamp(min=1)

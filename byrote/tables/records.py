@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 
 if TYPE_CHECKING:
     from byrote.tables.codecs import Codec

@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 from byrote.tables import host_memory
 from byrote.tables.rules import CPU, RowState, StateFields
 

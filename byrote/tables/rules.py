@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 
 RowState = dict[str, Tensor]
 StateFields = Mapping[str, tuple[int, ...]]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection, MeanExit, Residual
-from byrote.nn.sinkhorn import plain_sinkhorn, sinkhorn, sinkhorn_slow
+from byrote.ops.sinkhorn import plain_sinkhorn, sinkhorn, sinkhorn_slow
 
 D = 8
 

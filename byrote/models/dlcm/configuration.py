@@ -69,6 +69,11 @@ class DLCMConfig(MemoryConfig):
         return self.num_encoder_layers + self.num_decoder_layers
 
     @property
+    def query_size(self) -> int:
+        """Width of a boundary's q; by the rule that is the state itself."""
+        return (self.boundary_mode != "rule" and self.boundary_size) or self.hidden_size
+
+    @property
     def token_scale(self) -> float:
         """s_token = d_token / d_base of muP; 1 without."""
         return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0

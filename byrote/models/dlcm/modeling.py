@@ -19,7 +19,7 @@ from byrote.models.dlcm.trunk import DLCMModel, DLCMModelOutput, DLCMOutput
 from byrote.models.hf import MemoryGenerationMixin
 from byrote.models.inputs import target_counts, targets_of
 from byrote.nn.boundary import parser_loss
-from byrote.nn.loss import head_loss
+from byrote.ops.cross_entropy import head_loss
 
 
 class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):

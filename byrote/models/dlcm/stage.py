@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from byrote.compiled.loops import stepping
 from byrote.memory import Sequence
 from byrote.memory.concept_state import NOWHERE, ConceptState
-from byrote.memory.sequence import stepping
 from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.dlcm.block import ConceptBlock
 from byrote.models.dlcm.configuration import DLCMConfig
@@ -45,7 +45,7 @@ class ConceptStage(nn.Module):
         super().__init__()
         self.config = config
         d, size, eps = config.hidden_size, config.concept_size, config.rms_norm_eps
-        self.boundary = BoundaryHead(d, 0 if config.boundary_mode == "rule" else config.boundary_size or d)
+        self.boundary = BoundaryHead(d, 0 if config.boundary_mode == "rule" else config.query_size)
         self.up = nn.Linear(d, size, bias=False)
         # What a document's first tokens read, where their own segment is not done yet.
         self.beginning = nn.Parameter(torch.empty(size)) if config.boundary_convention == "open" else None

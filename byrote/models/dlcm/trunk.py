@@ -78,14 +78,13 @@ class DLCMModel(DLCMPreTrainedModel):
 
     def memory_fields(self) -> dict[str, Field]:
         """The tails that a decode state of this model holds."""
-        fields = memory_fields(self.memories, self.encoder)
+        fields = memory_fields(self.memories, self.config)
         if self.concepts is not None:
-            size = self.concepts.boundary.scan_size or self.config.hidden_size
-            exact = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
-            fields["query"] = Field(1, (size,), dtype=exact)
+            exact = torch.promote_types(self.dtype, torch.float32)
+            fields["query"] = Field(1, (self.config.query_size,), dtype=exact)
             # No tail at all: it tells the cache of another concept transformer, whose keys would be no good here.
             opens = self.config.boundary_convention == "open"
-            fields["concepts"] = Field(0, (len(self.concepts.layers), self.config.concept_size, opens))
+            fields["concepts"] = Field(0, (self.config.num_concept_layers, self.config.concept_size, opens))
         return fields
 
     def attach_memory_state(self, cache: Cache) -> ConceptState:
@@ -98,7 +97,7 @@ class DLCMModel(DLCMPreTrainedModel):
         if inputs.cache is None:
             return None
         state = self.attach_memory_state(inputs.cache)
-        rows, dtype, device = len(inputs.ids), self.embed_tokens.weight.dtype, inputs.ids.device
+        rows, dtype, device = len(inputs.ids), self.dtype, inputs.ids.device
         state.begin(rows, dtype, device)
         state.begin_concepts(rows, self.config.hidden_size, dtype, device)
         return state
@@ -128,7 +127,6 @@ class DLCMModel(DLCMPreTrainedModel):
         """
         check_arguments(kwargs, type(self).forward)
         shown = Shown.of(self.config, output_hidden_states, output_attentions)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
@@ -182,7 +180,7 @@ class DLCMModel(DLCMPreTrainedModel):
                 f"boundaries must be bool {list(input_ids.shape)}, got {boundaries.dtype} {list(boundaries.shape)}"
             )
 
-    def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         cached = super()._cache(cache, use_cache)
         if cached is not None and self.config.boundary_convention == "literal":
             raise ValueError(

@@ -35,7 +35,7 @@ class EngramConfig(MemoryConfig):
     num_nextn_predict_layers: int = 0
     mtp_loss_weight: float = 0.3
     memory_gate: bool = True
-    memory_fusion: str = "streams"
+    memory_fusion: str = "streams"  # type: ignore[misc]
     tie_word_embeddings: bool = True
 
     @property

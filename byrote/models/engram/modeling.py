@@ -32,10 +32,10 @@ from byrote.models.inputs import Inputs, attention_cache, target_counts, targets
 from byrote.models.memories import make_memories, memory_fields
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.models.shown import Shown
-from byrote.nn.loss import head_loss
 from byrote.nn.mtp import PredictionModule, shift
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotary
+from byrote.ops.cross_entropy import head_loss
 
 
 @dataclass
@@ -77,7 +77,7 @@ class EngramModel(EngramPreTrainedModel):
 
     def memory_fields(self) -> dict[str, Field]:
         """The tails that a decode state of this model holds."""
-        return memory_fields(self.memories, self.layers)
+        return memory_fields(self.memories, self.config)
 
     def attach_memory_state(self, cache: Cache) -> MemoryState:
         return MemoryState.attach(cache, self.config.num_hidden_layers, self.memory_fields())
@@ -87,7 +87,7 @@ class EngramModel(EngramPreTrainedModel):
         if inputs.cache is None:
             return None
         state = self.attach_memory_state(inputs.cache)
-        state.begin(len(inputs.ids), self.embed_tokens.weight.dtype, inputs.ids.device)
+        state.begin(len(inputs.ids), self.dtype, inputs.ids.device)
         return state
 
     @can_return_tuple
@@ -116,7 +116,6 @@ class EngramModel(EngramPreTrainedModel):
         """
         check_arguments(kwargs, type(self).forward)
         shown = Shown.of(self.config, output_hidden_states, output_attentions)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = self._cache(past_key_values, use_cache)
         places = attention_mask, position_ids, past_key_values
         inputs = Inputs.of(self.config, input_ids, *places, inputs_embeds, kwargs)
@@ -143,7 +142,7 @@ class EngramModel(EngramPreTrainedModel):
         last = self.norm(self.exit(streams))
         result = BaseModelOutputWithPast(
             last_hidden_state=last,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=None if use_cache is False else past_key_values,
             hidden_states=shown.hidden_states(last),
             attentions=shown.weights(),
         )

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 
 THREADS = 8  # a thread's reads are all under way at once
 LEAST = 16  # records for which a thread is worth its start: all reads of one thread are under way at once in any case

@@ -4,9 +4,9 @@ Row ids and places int64, counters uint8; all contiguous. They leave the GIL.
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
-import numba
 import numpy as np
 
+from byrote.compiled import loops
 from byrote.tables.loops import EMPTY, HASHES, WAYS
 from byrote.tables.loops.memory import prefetch
 
@@ -16,7 +16,7 @@ HALF = np.uint64(32)
 
 
 def _compiled(function):
-    return numba.njit(cache=True, nogil=True)(function)
+    return loops.compiled()(function)
 
 
 @_compiled

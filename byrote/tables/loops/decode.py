@@ -9,8 +9,8 @@ e8m0(source)                          a block's scale
 from llvmlite import ir
 from numba.core import types
 
+from byrote.compiled.vectors import LANES, load, splat, store
 from byrote.tables.loops.memory import F32, I8, I16, I32, intrinsic, unary
-from byrote.vectors import LANES, load, splat, store
 
 
 def _constant(kind, number, lanes):

@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 
-from byrote.vectors import LANES, ladder, load, store
+from byrote.compiled import loops
+from byrote.compiled.vectors import LANES, ladder, load, store
 
 AHEAD = 48  # rows: what is on its way fits the second cache
 LINE = 64  # bytes of a cache line
@@ -32,7 +33,7 @@ def intrinsic(function):
 
 
 def compiled(function):
-    return numba.njit(cache=True, nogil=True)(function)
+    return loops.compiled()(function)
 
 
 def inlined(function):

@@ -4,8 +4,9 @@
 import os
 from typing import Any
 
-import numba
 from numba.core import types
+
+from byrote.compiled.loops import compiled
 
 _long, _int = types.int64, types.int32
 # Of libc, found when the code is linked; addresses and lengths are passed as int64.
@@ -14,7 +15,7 @@ preadv2: Any = types.ExternalFunction("preadv2", _long(_int, _long, _int, _long,
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _run_end(places, size, begin, most):
     """The end of the run of neighbours that begins here, `most` records at most."""
     end = begin + 1
@@ -23,7 +24,7 @@ def _run_end(places, size, begin, most):
     return end
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def without_waiting(fd, places, size, out, vector_place, vector, misses, most):
     """Read what is in memory; how many runs are not, where they begin goes to `misses`.
 
@@ -42,7 +43,7 @@ def without_waiting(fd, places, size, out, vector_place, vector, misses, most):
     return missed
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def waiting(fd, places, size, out, misses, most):
     """Read the runs that begin at `misses`; whether any of them could not be read to its end."""
     for j in range(len(misses)):

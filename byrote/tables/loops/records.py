@@ -7,6 +7,7 @@ What makes a loop over random rows fast is that the memory is asked for early (`
 """
 
 # No `from __future__ import annotations` here: numba reads the signatures.
+from byrote.compiled.vectors import LANES
 from byrote.tables.loops.decode import bf16_1, bf16_16, e8m0, fp8_1, fp8_16, int4_1, int4_2, int4_16, int8_1, int8_16
 from byrote.tables.loops.memory import (
     AHEAD,
@@ -24,7 +25,6 @@ from byrote.tables.loops.memory import (
     sum_16,
 )
 from byrote.tables.loops.memory import copy as move
-from byrote.vectors import LANES
 
 BEYOND_CACHES = 16 << 20  # bytes: from there on what reads the rows next is faster, too
 

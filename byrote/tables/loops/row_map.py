@@ -2,10 +2,11 @@
 
 # No `from __future__ import annotations` here: numba reads the signatures.
 import numpy as np
-from numba import njit
+
+from byrote.compiled.loops import compiled
 
 
-@njit("int64(int64, int64[::1], int32[::1])", cache=True, nogil=True)
+@compiled()
 def find(key, known, slots):
     """The slot of `key`, or the free one where it belongs."""
     mask = np.uint64(len(slots) - 1)
@@ -18,14 +19,14 @@ def find(key, known, slots):
     return np.int64(slot)
 
 
-@njit("void(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1])", cache=True, nogil=True)
+@compiled("void(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1])")
 def get(keys, values, known, stored, slots):
     for i in range(len(keys)):
         entry = slots[find(keys[i], known, slots)]
         values[i] = stored[entry] if entry >= 0 else -1
 
 
-@njit("int64(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1], int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64[::1], int64[::1], int64[::1], int32[::1], int64)")
 def put(keys, values, known, stored, slots, count):
     for i in range(len(keys)):
         slot = find(keys[i], known, slots)
@@ -37,7 +38,7 @@ def put(keys, values, known, stored, slots, count):
     return count
 
 
-@njit("void(int64[::1], int32[::1])", cache=True, nogil=True)
+@compiled("void(int64[::1], int32[::1])")
 def place(known, slots):
     for entry in range(len(known)):
         slots[find(known[entry], known, slots)] = entry

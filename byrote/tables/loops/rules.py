@@ -10,8 +10,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from byrote.compiled.vectors import LANES, load, splat, store
 from byrote.tables.loops.memory import AHEAD, F32, I32, I64, compiled, fetch, intrinsic, load_f32, load_i64, prefetch
-from byrote.vectors import LANES, load, splat, store
 
 
 def _adam(lanes):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from byrote.compiled import numba_is_there
+from byrote.compiled.loops import numba_is_there
 from byrote.tables.loops import EMPTY, HASHES, WAYS
 
 SAMPLE = 10

@@ -73,7 +73,12 @@ class FileTable(Table):
         if beside is not None and beside.num_rows != rows.num_rows:
             raise ValueError(f"{path}: {values} holds {rows.num_rows} rows, {scales} {beside.num_rows}")
         width = rows.row_shape[0]
-        form = Form(rows.dtype, width) if beside is None else Form(rows.dtype, width, beside.dtype, *beside.row_shape)
+        try:
+            form = (
+                Form(rows.dtype, width) if beside is None else Form(rows.dtype, width, beside.dtype, *beside.row_shape)
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {values}: {error}") from None
         return cls(path, rows, width=width, codec=form.codec or "fp32", digest=digest, scales=beside, form=form)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTable:
