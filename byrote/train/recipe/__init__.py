@@ -8,7 +8,6 @@ when a recipe is read, those of the model against the types that its config decl
 """
 
 import dataclasses
-import inspect
 import json
 import sys
 import tomllib
