@@ -108,8 +108,7 @@ class MemoryConfig(PreTrainedConfig):
         """
         for name, kind in self.own_fields().items():
             value = getattr(self, name)
-            if not (kind is float and type(value) is int):
-                type_validator(name, value, kind)
+            type_validator(name, _with_floats(value) if "float" in str(kind) else value, kind)
         for name in ("router_bias_update_rate", "balance_loss_alpha", "initializer_range", "memory_initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 self._refuse(name, "a finite number, 0 or more")
@@ -220,7 +219,10 @@ class MemoryConfig(PreTrainedConfig):
             "table_sizes": self.memory_table_sizes,
             "seed": self.memory_seed,
         }
-        return CONTRACTS[self.memory_contract].build(vocabulary, **common)
+        try:
+            return CONTRACTS[self.memory_contract].build(vocabulary, **common)
+        except ValueError as error:
+            self._refuse("memory_contract", str(error))
 
     def _refuse(self, field: str, remedy: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -252,3 +254,10 @@ class MemoryConfig(PreTrainedConfig):
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
         if self.memory_kernel_size < 0:
             refuse("memory_kernel_size", "0 or more taps of the short convolution")
+
+
+def _with_floats(value: Any) -> Any:
+    """Whole numbers will do for floats."""
+    if isinstance(value, dict):
+        return {name: _with_floats(part) for name, part in value.items()}
+    return float(value) if type(value) is int else value
