@@ -8,7 +8,6 @@ when a recipe is read, those of the model against the types that its config decl
 """
 
 import dataclasses
-import inspect
 import json
 import sys
 import tomllib
@@ -203,13 +202,8 @@ def model_fields(preset: str) -> dict[str, Any]:
     """
     from byrote.models.families import config_class
 
-    kind = config_class(preset)
-    wanted: dict[str, Any] = {}
-    for part in reversed(kind.__mro__):  # not those of transformers: it has words that no model of ours reads
-        if part.__module__.startswith("byrote."):
-            wanted |= inspect.get_annotations(part, eval_str=True)
-    names = [each.name for each in dataclasses.fields(kind) if each.name not in ("address", "vocab_size")]
-    return {name: wanted[name] for name in names if name in wanted}
+    fields = config_class(preset).own_fields()
+    return {name: kind for name, kind in fields.items() if name not in ("address", "vocab_size")}
 
 
 def _model(content: dict[str, Any]) -> ModelRecipe:
