@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
 from byrote.memory import Memory, MemoryStack
-from byrote.memory.stack import NO_GENERATION
+from byrote.memory.memory import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
 from byrote.models.hf import saves_adapter
 from byrote.models.initialization import initialize
