@@ -50,10 +50,10 @@ gpu-smoke:
 gpu:
 	$(RUN) -m pytest tests/exactness tests/tables/test_triton.py tests/tables/test_device.py tests/tables/test_pinned.py
 	mkdir -p $(OUT)
-	for shape in tiny wide; do for compile in "" --compile; do \
+	for shape in small tiny wide; do for compile in "" --compile; do \
 	    $(RUN) benchmarks/training.py $(MEASURE) --shape $$shape $$compile --json $(OUT)/training-$$shape$$compile.json \
 	        || exit 1; done; done
-	for shape in tiny wide small; do \
+	for shape in small tiny wide; do \
 	    $(RUN) benchmarks/decode.py $(MEASURE) --shape $$shape --json $(OUT)/decode-$$shape.json || exit 1; done
 	for billions in 32 64; do \
 	    $(RUN) benchmarks/pinned.py $(MEASURE) --billions $$billions --profile --json $(OUT)/pinned-$$billions.json \

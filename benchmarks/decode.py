@@ -1,6 +1,6 @@
 """Decoding: seconds a token behind a long context, one row, the same weights.
 
-    python benchmarks/decode.py [--shape tiny|wide|small]
+    python benchmarks/decode.py [--shape small|tiny|wide]
 
 byrote reads the latents as they lie in the cache (absorbed attention); transformers' DeepseekV3 expands all of them at
 every step. A context of random tokens fills the cache, then tokens are fed one by one: the forward alone, without
@@ -43,7 +43,7 @@ class Decode:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--shape", choices=("tiny", "wide", "small"), default="wide", help="hidden size 128, 512 or 768")
+    made.add_argument("--shape", choices=("small", "tiny", "wide"), default="small", help="hidden size 768, 128 or 512")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     contexts, tokens = ((8, 64), 4) if options.quick else ((64, 2048), 20)
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, contexts: tuple[int, int], tokens: int)
     dtype = getattr(torch, options.dtype)
     models = {"byrote": ours, "transformers": theirs}
     memory = EngramConfig.from_preset("small", num_streams=1) if options.shape == "small" else None
-    models["byrote Engram"] = EngramForCausalLM(memory or config("tiny-engram", options.shape))
+    models["byrote Engram"] = EngramForCausalLM(memory or config("engram", options.shape))
     models = {name: model.to(options.device, dtype).eval() for name, model in models.items()}
     cases = {
         f"{name} {context}": Decode(model, context, tokens, options.device)

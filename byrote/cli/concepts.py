@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal, write
 
 
 def concepts(
@@ -17,8 +18,8 @@ def concepts(
     from byrote.lab.inspect.concepts import record, to_html, to_terminal
 
     trace = record(*load(folder), text)
-    console = Console()
+    console = terminal()
     console.print(to_terminal(trace))
     if html:
-        html.write_text(to_html(trace, str(folder)), encoding="utf-8")
+        write(html, to_html(trace, str(folder)))
         console.print(f"\n{html}")

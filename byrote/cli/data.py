@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from byrote.cli.output import terminal
 
 
 def data(
@@ -15,6 +16,8 @@ def data(
     tokenizer: Annotated[str, typer.Option(help="Use this tokenizer instead.")] = "",
     validation: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.09,
     text_field: Annotated[str, typer.Option(help="Of JSON lines and datasets.")] = "text",
+    clean: Annotated[bool, typer.Option(help="Prose; code and .md stay as they are.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Delete what the folder holds.")] = False,
 ) -> None:
     """Prepare a corpus: clean, split, tokenize. Without a name, list the corpora.
 
@@ -23,17 +26,18 @@ def data(
     from byrote.data.prepare import Options, default_folder, prepare
     from byrote.train.progress import DataLive
 
-    console = Console()
+    console = terminal()
     if not name:
         console.print(_listing())
         return
     folder = out or default_folder(name)
     with DataLive(console, name) as live:
-        meta = prepare(Options(name, vocab_size, tokenizer, validation, text_field), folder, live.report)
+        options = Options(name, vocab_size, tokenizer, validation, text_field, clean)
+        meta = prepare(options, folder, live.report, force)
     for part in ("train", "validation"):
         counts = meta[part]
         numbers = ", ".join(f"{counts[key]:,} {key}" for key in ("documents", "bytes", "tokens"))
-        console.print(f"{part}: {numbers}", highlight=False)
+        console.print(f"{part}: {numbers}")
     console.print(f"{folder}: vocabulary {meta['vocab_size']:,}; text: {meta['licence']} ({meta['source']})")
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal
 
 
 def demo(
@@ -21,9 +22,9 @@ def demo(
     from byrote.train.trainer import Interrupted
 
     logging.disable_progress_bar()
-    console = Console()
+    console = terminal()
     try:
         run_demo(out, overrides or [], console)
     except Interrupted as stop:
-        console.print(f"{stop.reason}: the demo stopped; `byrote demo` starts it anew")
+        console.print(f"{stop.reason}: the demo stopped; the same command goes on")
         raise typer.Exit(130) from None

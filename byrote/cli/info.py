@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from byrote.cli.output import terminal
+
 # A parameter belongs to the first part whose mark is in its name.
 PARTS = {
     "boundaries, pooling, reading of concepts": (".boundary.", ".up.", ".read.", ".beginning"),
@@ -27,13 +29,13 @@ def info(
     config: Annotated[bool, typer.Option("--config", help="Print the whole config too.")] = False,
 ) -> None:
     """Show a model's parameters by part, its tables and addresses, and a run's checkpoints."""
-    from byrote.cli.load import load, model_folder
+    from byrote.cli.load import load_model, model_folder
     from byrote.models.configuration import MemoryConfig
 
-    console = Console()
+    console = terminal()
     found = model_folder(folder)
-    model, _ = load(folder)
-    console.print(f"{found}: {type(model).__name__}", highlight=False, soft_wrap=True)
+    model = load_model(folder)
+    console.print(f"{found}: {type(model).__name__}", soft_wrap=True)
     console.print(_parameters(model))
     if isinstance(model.config, MemoryConfig):
         _ours(console, model)
@@ -85,9 +87,10 @@ def _ours(console: Console, model: Any) -> None:
 
 
 def _run(console: Console, run: Path) -> None:
+    from byrote.tables.files.headers import parse_object
     from byrote.train.checkpoint import checkpoints
 
     console.print("checkpoints: " + ", ".join(path.name for path in checkpoints(run)))
     if (run / "result.json").exists():
-        result = json.loads((run / "result.json").read_text())
+        result = parse_object((run / "result.json").read_bytes(), str(run / "result.json"))
         console.print("result: " + ", ".join(f"{key} {value}" for key, value in result.items()))

@@ -17,16 +17,37 @@ def model_folder(folder: Path) -> Path:
 
 def load(folder: Path, placement: str = "host", cache: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer)"""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from byrote.data.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(model_folder(folder))  # which takes less time to find damaged
+    return load_model(folder, placement, cache), tokenizer
+
+
+def load_model(folder: Path, placement: str = "host", cache: str | None = None) -> Any:
+    """The model alone; ValueError that names the file where one is damaged or of another model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     import byrote  # noqa: F401  registers the models with the Auto classes
+    from byrote.tables.files.headers import check_weights, parse_object
 
     logging.disable_progress_bar()
     found = model_folder(folder)
+    parse_object((found / "config.json").read_bytes(), str(found / "config.json"))
+    check_weights(found)
+    try:
+        config = AutoConfig.from_pretrained(found)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # Whatever is built from them, the fields of a config are the user's.
+        raise ValueError(f"{found / 'config.json'} describes no model ({error!r})") from error
     places: dict[str, Any] = {}
     if placement != "host" or cache is not None:
-        if not getattr(AutoConfig.from_pretrained(found), "memory_layers", []):
+        if not getattr(config, "memory_layers", []):
             raise ValueError(f"--placement and --cache are for tables, and {folder} is a model without any")
         places = {"placement": placement, "cache": cache}
-    return AutoModelForCausalLM.from_pretrained(found, **places).eval(), AutoTokenizer.from_pretrained(found)
+    try:
+        return AutoModelForCausalLM.from_pretrained(found, config=config, **places).eval()
+    except (RuntimeError, TypeError, ValueError) as error:  # shapes of weights and config differ, or a field is no size
+        if str(found) in str(error):
+            raise
+        raise ValueError(f"{found}: config.json and weights make no model ({error})") from error

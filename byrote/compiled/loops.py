@@ -52,10 +52,11 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
 def _made(function: Callable[..., Any], signature: tuple[str, ...], options: dict[str, Any]) -> Any:
     import numba
 
+    njit: Any = numba.njit
     try:
-        return numba.njit(*signature, nogil=True, cache=True, **options)(function)
+        return njit(*signature, nogil=True, cache=True, **options)(function)
     except (RuntimeError, OSError):  # "no locator available", as in a container whose files are read-only; a full disk
-        return numba.njit(*signature, nogil=True, **options)(function)
+        return njit(*signature, nogil=True, **options)(function)
 
 
 def run(

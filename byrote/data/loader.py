@@ -43,14 +43,20 @@ class Loader:
         self.taken += 1
         return batch
 
-    def state_dict(self) -> dict[str, int | list[int]]:
-        return {"taken": self.taken, "stream": self._stream()}
+    def state_dict(self) -> dict[str, int | str | list[int]]:
+        return {"taken": self.taken, "stream": self._stream(), "corpus": self.packer.data.fingerprint}
 
-    def load_state_dict(self, state: dict[str, int | list[int]]) -> None:
+    def load_state_dict(self, state: dict[str, int | str | list[int]]) -> None:
         if state["stream"] != self._stream():
             raise ValueError(
                 f"the checkpoint read another stream: (seed, rows, length, tokens) were {state['stream']} "
                 f"and are {self._stream()}. Resume with the recipe and the data that the run began with."
+            )
+        corpus = self.packer.data.fingerprint
+        if state.get("corpus", corpus) != corpus:
+            raise ValueError(
+                f"the checkpoint read another text or tokenizer: the corpus had the fingerprint {state['corpus']} and "
+                f"has {corpus}. Resume with the text that the run began with, or start a new run."
             )
         self.close()
         assert isinstance(state["taken"], int)

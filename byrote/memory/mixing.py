@@ -60,6 +60,8 @@ class Mixing:
             )
 
 
+@torch.inference_mode(False)  # rows are written again in other modes
+@torch.no_grad()
 def settle(memory: Any) -> None:
     """Let the rows of a memory, and of those that are made of them, become what their anchors stand for."""
     if memory.mixing is None:

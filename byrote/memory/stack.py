@@ -56,8 +56,10 @@ class Memory(nn.Module):
         self.lookup = Lookup(table)
         self.mixing: Mixing | None = None  # what the rows are to become
         self._checked: tuple[int, ...] | None = None
+        self.moved = False  # whether rows changed since the table was put here
         self._hooked: weakref.ref[Tensor] | None = None  # the anchor that has our hook
         alive[id(self)] = self
+        self.register_load_state_dict_pre_hook(_forget_generation)
         Anchor.tie(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
@@ -76,7 +78,7 @@ class Memory(nn.Module):
 
     @table.setter
     def table(self, table: Table) -> None:
-        self.lookup, self.mixing, self._checked = Lookup(table), None, None
+        self.lookup, self.mixing, self._checked, self.moved = Lookup(table), None, None, False
         self.identity.fill_(table.identity)
         Anchor.tie(self)
 
@@ -127,6 +129,7 @@ class Memory(nn.Module):
         table.identity = next_identity(table.identity, generation, change)
         self.generation.fill_(generation)
         self.identity.fill_(table.identity)
+        self.moved = True
 
     def forget(self, missing: set[str]) -> None:
         """The backbone was loaded from a file without these of its buffers."""
@@ -153,6 +156,12 @@ class Memory(nn.Module):
         stamp = (table.generation, table.identity, *map(id, saved), *(buffer._version for buffer in saved))
         if stamp == self._checked:
             return
+        if int(self.generation) == NO_GENERATION:
+            raise RuntimeError(
+                "the weights were loaded from a checkpoint of trainable parameters alone: it has the anchor of this "
+                "table, whose rows were trained then, and no rows. Load them too, from what "
+                "model.save_pretrained(folder) wrote: model.load_tables(folder)"
+            )
         if difference := self.difference(table):
             raise RuntimeError(
                 f"{difference}: a plain load_state_dict does not bring tables back. Load both with "
@@ -305,6 +314,18 @@ class MemoryStack(nn.Module):
                 "map of its tokenizer (vocabulary=...)"
             ) from None
         self._checked = stamp
+
+
+def _forget_generation(memory: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """An anchor comes without the generation of its table: a file of what was trained, to which rows belong.
+
+    Where rows move, in a training, weights may go to and fro without them.
+    """
+    assert isinstance(memory, Memory)
+    if type(state.get(f"{prefix}anchor")) not in (Tensor, nn.Parameter) or f"{prefix}generation" in state:
+        return
+    if not memory.moved:
+        memory.generation.fill_(NO_GENERATION)
 
 
 def nowhere(folder: Path) -> bool:

@@ -102,8 +102,8 @@ class MemoryState(CacheLayerMixin):
             return found
         if int(cache.get_seq_length()) > 0:
             raise ValueError(
-                "past_key_values holds tokens but no memory state: it was filled by another model; "
-                "start from an empty cache"
+                "past_key_values holds tokens but no memory state: it was filled by another model, or by prefix "
+                "tuning, which has no tokens to look up; start from an empty cache, or adapt by LoRA"
             )
         while len(cache.layers) < num_attention_layers and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())

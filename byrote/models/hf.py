@@ -9,6 +9,8 @@
   (transformers' would build new ones and read their weights again), and keeps what it counts in `model.drafts`;
 - `generate_batch` and `init_continuous_batching`, which decode over pages of a cache of their own, are refused;
 - `_valid_auto_compile_criteria` keeps `generate` from compiling a forward that reads tables and looks at lengths.
+
+`saves_adapter` asks what `save_pretrained` would write of a model.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 
@@ -26,6 +28,11 @@ from byrote.memory.state import MemoryState
 def attends_eagerly(config: PreTrainedConfig) -> bool:
     """Whether `attn_implementation="eager"` was asked for: attention by plain products, which has weights to show."""
     return config._attn_implementation == "eager"
+
+
+def saves_adapter(model: PreTrainedModel) -> bool:
+    """Whether the model has an adapter of transformers' own, so that `save_pretrained` writes that and no config."""
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 class MemoryGenerationMixin(GenerationMixin):

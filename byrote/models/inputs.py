@@ -67,10 +67,8 @@ class Inputs:
     ) -> Inputs:
         """ValueError unless `input_ids` are ids and the rest has their shape. Unknown ids are refused by `enter`."""
         _check_run()
-        if input_ids is None and inputs_embeds is not None and not config.memory_layers:
-            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         if input_ids is None:
-            raise ValueError("input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds")
+            input_ids = _stand_ins(inputs_embeds, config)
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be integers [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
         if not input_ids.numel():
@@ -199,20 +197,23 @@ def attention_cache(cache: Cache | None, layer: int) -> AttentionCache | None:
 
 
 def targets_of(
-    labels: Tensor | None, shift_labels: Tensor | None, input_ids: Tensor | None, vocab_size: int
+    labels: Tensor | None, shift_labels: Tensor | None, tokens: Tensor | None, vocab_size: int
 ) -> Tensor | None:
-    """What each token is to predict, int64 [B, T]: `shift_labels`, or else `labels` moved by one; None of None."""
+    """What each token is to predict, int64 [B, T]: `shift_labels`, or else `labels` moved by one; None of None.
+
+    `tokens`: ids [B, T], or embeddings [B, T, d].
+    """
     for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is not None and input_ids is not None:
-            _check_labels(name, given, input_ids, vocab_size)
+        if given is not None and tokens is not None:
+            _check_labels(name, given, tokens, vocab_size)
     if shift_labels is not None or labels is None:
         return shift_labels
     return shift(labels, 1, empty=-100)
 
 
 @outside
-def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    _check_shape(name, labels, list(input_ids.shape))
+def _check_labels(name: str, labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    _check_shape(name, labels, list(tokens.shape[:2]))
     if labels.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, the ids to be predicted, got {labels.dtype}")
     unknown = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
@@ -222,6 +223,18 @@ def _check_labels(name: str, labels: Tensor, input_ids: Tensor, vocab_size: int)
             f"{name}[{row}, {position}] is {int(labels[row, position])}; "
             f"give ids below vocab_size={vocab_size}, and -100 where nothing is predicted"
         )
+
+
+def _stand_ins(inputs_embeds: Tensor | None, config: MemoryConfig) -> Tensor:
+    """Ids [B, T] for embeddings that come without any, where no memory reads them."""
+    if inputs_embeds is None:
+        raise ValueError("input_ids is missing: give token ids [B, T]")
+    if config.memory_layers:
+        raise ValueError(
+            "input_ids is missing: a memory is addressed by token ids; pass them beside inputs_embeds. What has "
+            "no ids, as the virtual tokens of prompt tuning, cannot be looked up: adapt such a model by LoRA"
+        )
+    return torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
 
 
 def target_counts(targets: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor | int]:

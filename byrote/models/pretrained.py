@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
@@ -23,6 +24,7 @@ from transformers.utils import cached_file
 from byrote.memory import Memory, MemoryStack
 from byrote.memory.stack import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
+from byrote.models.hf import saves_adapter
 from byrote.models.initialization import initialize
 from byrote.models.words import nearest
 from byrote.nn.boundary import BoundaryHead
@@ -30,7 +32,7 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.router import Router
 from byrote.tables import Table
 from byrote.tables.files.checksums import write_sums
-from byrote.tables.files.headers import check_weights
+from byrote.tables.files.headers import check_weights, parse_object
 from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
 # What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
@@ -47,6 +49,9 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MemoryConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()
+        if peft := sys.modules.get("peft"):  # LoRA without target_modules goes to the projections of attention
+            targets = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            targets.setdefault(config.model_type, ["q_proj", "q_b_proj", "kv_b_proj", "v_proj", "o_proj"])
         super().__init__(config, *inputs, **kwargs)
 
     def post_init(self) -> None:
@@ -89,7 +94,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
         row moves. Tables are to be in RAM.
         """
@@ -109,11 +114,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """Backbone, then tables, then the config: a folder with a config is complete, also one that is written over.
 
         `tables=False` leaves the tables out, for who stores them elsewhere. `checksums=True` writes those of each
-        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes.
+        table beside it, for `byrote table verify`. With sharded tables all ranks call it, and rank 0 writes. Of a model
+        with `add_adapter` the adapter alone is written; ValueError where rows were trained beside it.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub would upload the backbone before its tables: call model.push_to_hub(name)")
         folder, stack = Path(save_directory), self.memory_stack
+        if saves_adapter(self):
+            self._check_rows_of_adapter()
+            return super().save_pretrained(folder, **kwargs)
         if stack is not None and stack.sharded and dist.get_rank() > 0:
             if tables:
                 stack.save_tables(folder)  # hands its rows to rank 0, and writes nothing
@@ -140,6 +149,21 @@ class MemoryPreTrainedModel(PreTrainedModel):
                     write_sums(stack.table_path(folder, layer_id))
             os.replace(config, folder / config.name)
         aside.rmdir()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """ValueError where a PEFT model asks for it, to save an adapter, and rows were trained beside that."""
+        if kwargs.get("prefix") and hasattr(self, "peft_config"):
+            self._check_rows_of_adapter()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_rows_of_adapter(self) -> None:
+        memories = [] if self.memory_stack is None else self.memory_stack.items()
+        if trained := [layer for layer, memory in memories if memory.moved and memory.anchor.requires_grad]:
+            raise ValueError(
+                f"the rows of the tables of layers {trained} were trained beside an adapter, whose folder holds no "
+                "rows: save the whole model (a PeftModel: model.merge_and_unload().save_pretrained(folder)), or freeze "
+                "the tables before an adapter is trained: model.memory_stack.requires_grad_(False)"
+            )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -170,11 +194,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for word in kwargs:
             if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
                 raise ValueError(f"{word} is no field of the config: did you mean {near}?")
-        if os.path.isdir(name) and "config" not in kwargs and not _resolve(name, "config.json", kwargs).is_file():
-            # transformers would go on with the default config.
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        if os.path.isdir(name):
-            check_weights(_resolve(name, "", kwargs))
+        whole = _base_of_adapter(name) or name  # transformers opens that and puts the adapter on it
+        _check_folder(whole, kwargs)
         told = kwargs.pop("output_loading_info", False)
         model: Any
         info: Any
@@ -187,12 +208,13 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for prefix, module in model.named_modules():
             if isinstance(module, Memory):
                 module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
+        _align(model)
         hub: dict[str, Any] = {
             key: kwargs[key]
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        tables = move(model._opened(lambda file: _resolve(name, file, hub), placement), placement)
+        tables = move(model._opened(lambda file: _resolve(whole, file, hub), placement), placement)
         model._put(tables if cache is None or not tables else cached(tables, cache))
         return (model, info) if told else model
 
@@ -230,7 +252,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         if self.memory_stack is not None:
             for (_, memory), table in zip(self.memory_stack.items(), tables, strict=True):
                 memory.table = table
-                memory.generation.fill_(table.generation)
+                memory.generation.fill_(table.generation)  # which the backbone may have been loaded without
 
     def save_row_state(self, folder: str | os.PathLike[str]) -> None:
         """Write the update-rule state of the rows: what a checkpoint needs beside `save_pretrained`."""
@@ -243,6 +265,15 @@ class MemoryPreTrainedModel(PreTrainedModel):
             self.memory_stack.load_row_state(Path(folder))
 
 
+def _align(model: nn.Module) -> None:
+    """Move tensors out of a mapped file where they begin at an odd address: there the vector units of a CPU sum a
+    product in another order, and what is loaded would not be what was saved to the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 def _remove_weights(folder: Path, variant: str | None) -> None:
     """Weights of an earlier save, in one file or in shards, which would be read beside those that come."""
     variant = f".{re.escape(variant)}" if variant else ""
@@ -250,6 +281,26 @@ def _remove_weights(folder: Path, variant: str | None) -> None:
     for file in folder.iterdir():
         if ours.fullmatch(file.name):
             file.unlink()
+
+
+def _check_folder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """ValueError that names the file of a saved folder that is absent or damaged."""
+    if not os.path.isdir(name):
+        return
+    if "config" not in kwargs:
+        config = _resolve(name, "config.json", kwargs)
+        if not config.is_file():  # transformers would go on with the default config
+            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
+        parse_object(config.read_bytes(), str(config))
+    check_weights(_resolve(name, "", kwargs))
+
+
+def _base_of_adapter(name: str | os.PathLike[str]) -> str | None:
+    """What the adapter in a folder was trained on; None where the folder holds a model, or is none."""
+    adapter = Path(name, "adapter_config.json")
+    if not adapter.is_file() or Path(name, "config.json").is_file():
+        return None
+    return parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
 
 
 def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:

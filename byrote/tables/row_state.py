@@ -92,7 +92,9 @@ class TouchedState:
             else:
                 self._directory = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
         if not self.arrays:
-            self.arrays = {name: torch.zeros(1, *shape, device=self.device) for name, shape in fields.items()}
+            self.arrays = {
+                name: torch.zeros(1, *shape, dtype=torch.float32, device=self.device) for name, shape in fields.items()
+            }
             if self._reserves:
                 sizes = {name: 4 * prod(shape) * (self.num_rows + 1) for name, shape in fields.items()}
                 self._places = {name: host_memory.reserve(size) for name, size in sizes.items()}

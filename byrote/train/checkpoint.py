@@ -1,5 +1,5 @@
-"""Checkpoints: a Hugging Face folder that any tool can load, and beside the weights all that a resumed
-run needs.
+"""Checkpoints: a Hugging Face folder, which transformers opens once byrote is imported, and beside the weights all
+that a resumed run needs.
 
     RUN/checkpoints/step-000200/    config.json, weights, tables, tokenizer
         row_state/                  state of the tables' update rule; of tables in files only pointers are here
@@ -12,13 +12,14 @@ import random
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from byrote.tables.log.disk import naming
 from byrote.tables.placements.open import POINTER
 from byrote.train import file_tables as filetables
 
@@ -63,13 +64,15 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     for left in target.parent.glob(_partial(target.with_name("step-*")).name):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if hasattr(model, "save_row_state") and not _points(partial):
-        (partial / "row_state").mkdir()
-        model.save_row_state(partial / "row_state")
-    torch.save(training, partial / "training.pt")
+    with naming(target):
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if hasattr(model, "save_row_state") and not _points(partial):
+            (partial / "row_state").mkdir()
+            model.save_row_state(partial / "row_state")
+        with open(partial / "training.pt", "wb") as file:  # torch says of a full disk what nobody understands
+            torch.save(training, file)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     found = checkpoints(run)
@@ -105,16 +108,12 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} holds a model but no training state; it cannot be resumed, only loaded")
     if hasattr(model, "load_row_state") and not _points(checkpoint):
         model.load_row_state(checkpoint / "row_state")
-    return torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
-
-
-def align(model: nn.Module) -> None:
-    """Move loaded tensors to memory of their own. In a mapped file they begin at odd addresses, where the
-    vector units of a CPU sum a product in another order: the same numbers, but not the same next step to
-    the last bit.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+    path = checkpoint / "training.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        what = str(error).partition("\n")[0] or "it is empty"
+        raise ValueError(f"{path} is damaged ({what}); resume from another checkpoint") from error
 
 
 def random_states() -> dict[str, Any]:

@@ -14,24 +14,51 @@ import json
 from pathlib import Path
 from typing import Any
 
+from byrote.tables.log.disk import naming
+from byrote.train.folder import replace_text
+
 
 class Metrics:
-    def __init__(self, path: Path, step: int = 0):
-        """Continue at `step`: what an interrupted run wrote after its checkpoint is dropped."""
+    def __init__(self, path: Path, step: int = 0, last: bool = False):
+        """Continue at `step`: what an interrupted run wrote after its checkpoint is dropped.
+
+        `last`: the step is the run's last one, behind whose checkpoint comes the last evaluation.
+        """
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
+        if last:
+            kept = [record for record in kept if record["step"] < step or "loss" in record]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, **record: Any) -> None:
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records, in order; none where there is no file. A last line that was not written to its end is left out.
+
+    ValueError names the file and the line of any other damage.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            if record is not None and not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, LookupError):
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number} is no record of a step: remove it, or the whole file"
+                ) from None
+            break
+        if record is not None:
+            records.append(record)
+    return records
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
@@ -41,12 +68,15 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for index, (name, records) in enumerate(runs.items()):
-        color = f"C{index}"
+        color, name = f"C{index}", name.replace("$", r"\$")  # which would begin a formula
         train = [(record["tokens"], record["loss"]) for record in records if "loss" in record]
         partial = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is None]
         whole = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and r["bits_per_byte"] is not None]
         if train:
-            axes.plot([t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6)
+            label = None if partial or whole else f"{name}, training"
+            axes.plot(
+                [t for t, _ in train], _smooth([x for _, x in train]), color=color, lw=0.8, alpha=0.6, label=label
+            )
         if partial:  # of other documents than the whole: no line between the two
             axes.plot(*zip(*partial, strict=True), color=color, marker="o", ms=3, lw=1.6, label=f"{name}, a part")
         if whole:
@@ -60,12 +90,13 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -
     axes.tick_params(axis="y", which="minor", labelsize=8)
     axes.set_xlabel("training tokens (log)")
     axes.set_ylabel("loss, nats per token (log)")
-    axes.set_title(f"{title}\nthick: validation; thin: training, smoothed")
+    axes.set_title(f"{title}\nthick: validation; thin: training, smoothed", parse_math=False)
     axes.grid(True, which="both", alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,13 +1,14 @@
 """A recipe, made to run: data, tokenizer, model, optimizer, trainer; and the run folder it leaves.
 
-    RUN/recipe.json  tokenizer/  checkpoints/  metrics.jsonl  loss.png  sample.txt  result.json
-
-Under torchrun each process runs this; they share the rows of a batch, and rank 0 writes.
+What a run folder holds: byrote.train.folder. Under torchrun each process runs this; they share the rows of a batch, and
+rank 0 writes.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,23 @@ from byrote.address import compress
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, Packer, Tokens
 from byrote.data.prepare import default_folder, prepare
-from byrote.data.tokenizer import load_tokenizer
+from byrote.data.tokenizer import encode_prompt, load_tokenizer
 from byrote.models.families import CausalLM, Config, config_class, model_class
+from byrote.tables.log.disk import naming
 from byrote.tables.placements.device import accelerator
 from byrote.tables.placements.open import PLACEMENTS
 from byrote.tables.placements.pinned import check_gpu
 from byrote.train import file_tables as filetables
+from byrote.train import folder
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.checkpoint import FOLDERS, align, latest, sharded
-from byrote.train.evaluate import Validation
+from byrote.train.checkpoint import FOLDERS, sharded
+from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
 from byrote.train.progress import DataLive, Live
 from byrote.train.recipe import Recipe
 from byrote.train.trainer import Result, Trainer
-
-# What may differ between a run and its resumption: nothing that the weights depend on.
-FREE = {"checkpoint_every", "keep", "log_every", "max_seconds", "read_ahead", "prompt", "sample_tokens"}
 
 
 def config_of(recipe: Recipe, tokenizer: Any) -> Config:
@@ -75,15 +75,21 @@ def prepare_data(recipe: Recipe, report: Callable[[str, int, int], None]) -> tup
     return folder, meta if rank() == 0 else prepare(recipe.data.options, folder)
 
 
-def train(recipe: Recipe, run: Path, console: Console, resume: bool = False) -> tuple[Trainer, Result]:
+def train(
+    recipe: Recipe, run: Path, console: Console, resume: bool = False, checkpoint: str = ""
+) -> tuple[Trainer, Result]:
     """Do the whole of it, with live progress on rank 0's console."""
     keep_freed_memory()
     console = console if rank() == 0 else Console(quiet=True)
-    _check_processes(recipe)
+    _check_machine(recipe)
+    if resume:  # or an error, before the data is prepared
+        folder.check_resumable(recipe, run, checkpoint)
+    else:
+        folder.check_new(run)
     with DataLive(console, recipe.data.corpus) as live:
         data, meta = prepare_data(recipe, live.report)
     with Live(console, run.name, recipe.train.steps) as shown:
-        trainer = make_trainer(recipe, run, data, meta, resume, shown.report)
+        trainer = make_trainer(recipe, run, data, meta, resume, shown.report, shown.evaluating, checkpoint)
         result = trainer.train()
     finish(recipe, trainer, result, data)
     return trainer, result
@@ -96,52 +102,115 @@ def make_trainer(
     meta: dict[str, Any],
     resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
+    evaluating: Callable[[int, int], None] = lambda done, total: None,
+    checkpoint: str = "",
 ) -> Trainer:
-    """The trainer of a new run in `run`, or of the one that stopped there."""
+    """The trainer of a new run in `run`; or, with `resume`, of the one that stopped there, behind its latest checkpoint
+    or the one that is named, or from its start where it has none. It alone writes there until it has trained.
+    """
     settings = recipe.train
-    _check_processes(recipe)
-    checkpoint = _resumed(recipe, run) if resume else None
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    tokenizer = load_tokenizer(data / "tokenizer")
-    config = config_of(recipe, tokenizer)
-    if checkpoint:
-        in_file = PLACEMENTS[settings.placement].in_file
-        model = model_class(config).from_pretrained(checkpoint, placement="file" if in_file else "host")
-        align(model)
-    else:
-        torch.manual_seed(settings.seed)
-        model = model_class(config)(config, compress(tokenizer))
-        torch.manual_seed(settings.seed + rank())  # each process draws boundaries of its own
+    _check_machine(recipe)
+    with contextlib.ExitStack() as held:
         if rank() == 0:
-            _begin(recipe, run, tokenizer)
-        _wait()
-    device = _device(settings.device)
+            held.enter_context(folder.locked(run, begins=not resume))
+            if not resume:
+                folder.check_new(run)
+        found = folder.check_resumable(recipe, run, checkpoint) if resume else None
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        tokenizer = load_tokenizer(data / "tokenizer")
+        if found:
+            model = _open(recipe, found, tokenizer)
+        else:
+            model = _draw(recipe, tokenizer)
+            if rank() == 0:
+                folder.begin(recipe, run, tokenizer)
+            _wait()
+        _place(model, recipe)
+        optimizer = build_optimizer(recipe, model)
+        if settings.placement == "file":
+            if found:
+                filetables.resume(model, run, FOLDERS)
+            else:
+                filetables.begin(model, run, optimizer, FOLDERS)
+        loader, validation = _loader(recipe, data, model), _validation(recipe, data, meta)
+        trainer = Trainer(settings, model, optimizer, loader, validation, run, tokenizer, found, report, evaluating)
+        if found and rank() == 0:
+            folder.go_on(recipe, run, found)
+        trainer.held = held.pop_all()
+        return trainer
+
+
+def evaluate_checkpoint(
+    recipe: Recipe,
+    checkpoint: Path,
+    console: Console,
+    device: str = "auto",
+    change: Callable[[Any], None] = lambda model: None,
+) -> Score:
+    """The score of a run's checkpoint on all of the run's validation text; `change` is done to the model first."""
+    placement = "file" if PLACEMENTS[recipe.train.placement].in_file else "host"
+    recipe = replace(recipe, train=replace(recipe.train, placement=placement, device=device))
+    _check_machine(recipe)
+    with DataLive(console, recipe.data.corpus) as live:
+        data, meta = prepare_data(recipe, live.report)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.get_vocab() != load_tokenizer(data / "tokenizer").get_vocab():
+        raise ValueError(f"{data} was prepared with another tokenizer than that of {checkpoint}: prepare it again")
+    model = _open(recipe, checkpoint, tokenizer)
+    _place(model, recipe)
+    change(model)
+    with Live(console, checkpoint.name) as shown:
+        return evaluate(model, _validation(recipe, data, meta), recipe.train.precision, report=shown.evaluating)
+
+
+def _draw(recipe: Recipe, tokenizer: Any) -> Any:
+    """A new model."""
+    config = config_of(recipe, tokenizer)
+    torch.manual_seed(recipe.train.seed)
+    model = model_class(config)(config, compress(tokenizer))
+    torch.manual_seed(recipe.train.seed + rank())  # each process draws boundaries of its own
+    return model
+
+
+def _open(recipe: Recipe, checkpoint: Path, tokenizer: Any) -> Any:
+    """The model of a checkpoint, its tables where they are read before they are moved."""
+    opened = "file" if PLACEMENTS[recipe.train.placement].in_file else "host"
+    model = model_class(config_of(recipe, tokenizer)).from_pretrained(checkpoint, placement=opened)
+    return model
+
+
+def _place(model: Any, recipe: Recipe) -> None:
+    """Move the model, and its tables, to where the recipe wants them."""
+    stack, device = getattr(model, "memory_stack", None), open_device(recipe.train.device, "train.device")
     model.to(device)
-    if getattr(model, "memory_stack", None) is not None:
-        model.memory_stack.move(settings.placement, device)
+    if stack is not None:
+        stack.move(recipe.train.placement, device)
+
+
+def _loader(recipe: Recipe, data: Path, model: Any) -> Loader:
+    """Batches of this process, whose rows of tables are being read as soon as they are packed."""
+    settings, stack = recipe.train, getattr(model, "memory_stack", None)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    packer = Packer(Tokens.open(data, "train"), settings.batch_size, recipe.data.length, settings.seed, rank(), world)
-    validation = Validation(
-        Tokens.open(data, "validation"),
-        meta["validation"]["bytes"],
-        settings.micro_batch_size or settings.batch_size,
-        recipe.data.length,
-    )
-    stack = getattr(model, "memory_stack", None)
+    tokens = Tokens.open(data, "train")
+    packer = Packer(tokens, settings.batch_size, recipe.data.length, settings.seed, rank(), world)
 
     def warm(batch: Batch) -> None:
         if stack is not None:
             stack.warm(batch["input_ids"], batch["position_ids"])
 
-    loader = Loader(packer, settings.read_ahead, warm)
-    optimizer = build_optimizer(recipe, model)
-    if settings.placement == "file":
-        if checkpoint:
-            filetables.resume(model, run, FOLDERS)
-        else:
-            filetables.begin(model, run, optimizer, FOLDERS)
-    return Trainer(settings, model, optimizer, loader, validation, run, tokenizer, checkpoint, report)
+    return Loader(packer, settings.read_ahead, warm)
+
+
+def _validation(recipe: Recipe, data: Path, meta: dict[str, Any]) -> Validation:
+    return Validation(
+        Tokens.open(data, "validation"),
+        meta["validation"]["bytes"],
+        recipe.train.micro_batch_size or recipe.train.batch_size,
+        recipe.data.length,
+    )
 
 
 def finish(recipe: Recipe, trainer: Trainer, result: Result, data: Path) -> None:
@@ -151,10 +220,11 @@ def finish(recipe: Recipe, trainer: Trainer, result: Result, data: Path) -> None
         return
     name, records = trainer.run.name, read_metrics(trainer.run / "metrics.jsonl")
     plot_losses({name: records}, trainer.run / "loss.png", f"{name} on {recipe.data.corpus}")
-    (trainer.run / "sample.txt").write_text(text + "\n")
+    with naming(trainer.run):
+        (trainer.run / "sample.txt").write_text(text + "\n", "utf-8")
     content = {"val_loss": result.score.loss, "bits_per_byte": result.score.bits_per_byte}
     content |= {"tokens": result.tokens, "seconds": round(result.seconds, 2)}
-    (trainer.run / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+    folder.replace_text(trainer.run / "result.json", json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -162,9 +232,11 @@ def sample(recipe: Recipe, trainer: Trainer, data: Path) -> str:
     """A continuation of the recipe's prompt, or of how the first validation document begins."""
     prompt, tokens = recipe.train.prompt, trainer.validation.data
     if prompt:
-        ids = trainer.tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.tensor([encode_prompt(trainer.tokenizer, prompt)])
     else:
-        ids = torch.from_numpy(tokens.tokens[: min(12, int(tokens.offsets[1]) - 1)].astype("int64"))[None]
+        ids = torch.from_numpy(tokens.tokens[: max(1, min(12, int(tokens.offsets[1]) - 1))].astype("int64"))[None]
+    if not recipe.train.sample_tokens:
+        return trainer.tokenizer.decode(ids[0], skip_special_tokens=True)
     trainer.model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.train.seed)
@@ -189,10 +261,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _device(name: str) -> torch.device:
-    """`auto`: the GPU of this process, if there is one."""
+def open_device(name: str, field: str) -> torch.device:
+    """`auto`: the GPU of this process, if there is one. ValueError where torch cannot compute on it."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f'{field} is {name!r}, on which torch cannot compute here ({why}): give "cpu"') from None
     return torch.device(name)
 
 
@@ -201,7 +278,9 @@ def _wait() -> None:
         dist.barrier()
 
 
-def _check_processes(recipe: Recipe) -> None:
+def _check_machine(recipe: Recipe) -> None:
+    """ValueError where this machine, or this way to start, lacks what the recipe asks for."""
+    open_device(recipe.train.device, "train.device")
     if recipe.train.placement == "sharded" and not dist.is_initialized():
         raise ValueError(
             'train.placement is "sharded", which needs processes to share the rows: start with '
@@ -211,24 +290,3 @@ def _check_processes(recipe: Recipe) -> None:
         accelerator()  # with train.device = "cpu" the tables are in RAM, as the model is
     if recipe.train.placement == "pinned":
         check_gpu()
-
-
-def _begin(recipe: Recipe, run: Path, tokenizer: Any) -> None:
-    if (run / "recipe.json").exists():
-        raise ValueError(f"{run} holds a run already; resume it with --resume, or choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(run / "tokenizer")
-    recipe.save(run / "recipe.json")
-
-
-def _resumed(recipe: Recipe, run: Path) -> Path:
-    before = Recipe.load(run / "recipe.json").to_dict() if (run / "recipe.json").exists() else None
-    if before is None:
-        raise ValueError(f"{run} holds no run to resume; start one without --resume")
-    after = recipe.to_dict()
-    for section in before:
-        for key in before[section].keys() | after[section].keys():
-            old, new = before[section].get(key), after[section].get(key)
-            if old != new and not (section == "train" and key in FREE):
-                raise ValueError(f"{section}.{key} was {old!r} when the run began and is {new!r}; resume with the same")
-    return latest(run)

@@ -41,6 +41,17 @@ def mtp_weight(step: int, recipe: TrainRecipe) -> float:
     return recipe.mtp_weights[_passed(recipe.mtp_weight_at, step, recipe.steps)]
 
 
+def same_until(steps: int, one: TrainRecipe, other: TrainRecipe, predicts: bool) -> bool:
+    """Whether both give the first `steps` steps the same rates and, if the model predicts further tokens, weights.
+
+    A checkpoint holds the rate of the step behind it too.
+    """
+    return all(
+        share(s, one) == share(s, other) and (not predicts or mtp_weight(s, one) == mtp_weight(s, other))
+        for s in range(steps)
+    )
+
+
 def _passed(places: tuple[float, ...], step: int, steps: int) -> int:
     """How many of the places, shares of all steps, lie behind."""
     return bisect.bisect_right([round(at * steps) for at in places], step)

@@ -57,7 +57,8 @@ class Result:
 class Trainer:
     """Trains `model` in the folder `run`. With a checkpoint, `model` must have been loaded from it.
 
-    `report(record)` is called after each step and each evaluation, with a record as in metrics.jsonl.
+    `report(record)` is called after each step and each evaluation, with a record as in metrics.jsonl;
+    `evaluating(done, total)` after each batch of an evaluation.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class Trainer:
         tokenizer: Any = None,
         checkpoint: Path | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
+        evaluating: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.recipe, self.model, self.optimizer, self.loader = recipe, model, optimizer, loader
-        self.validation, self.run, self.tokenizer, self.report = validation, run, tokenizer, report
+        self.validation, self.run, self.tokenizer = validation, run, tokenizer
+        self.report, self.evaluating = report, evaluating
+        self.held = contextlib.ExitStack()  # what is to be given back when training ends, however it ends
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = next(model.parameters()).device
         self.options = loss_options(model)
@@ -82,35 +86,37 @@ class Trainer:
         self.predicts = hasattr(config, "mtp_loss_weight") and config.num_nextn_predict_layers > 0
         self.pools = getattr(config, "num_concept_layers", 0) > 0
         self.schedule = schedule(optimizer, recipe)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saved = 0, 0.0, checkpoint
+        self.evaluated = 0  # the step of the last evaluation on the way
         self.signals = Signals()
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if checkpoint:
             self._restore(checkpoint)
         self.parallel: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
-        self.metrics = Metrics(run / "metrics.jsonl", self.step) if self.rank == 0 else None
+        self._before = self.seconds
+        last = self.step == recipe.steps
+        self.metrics = Metrics(run / "metrics.jsonl", self.step, last) if self.rank == 0 else None
 
     def train(self) -> Result:
-        """Train to the recipe's last step. Interrupted where a signal or the time budget stops it."""
+        """Train to the recipe's last step, save, and evaluate. Interrupted where a signal or the time budget stops it;
+        a run that was stopped in its last evaluation goes on with that.
+        """
         self.model.train()
-        checkpoint: Path | None = None
-        with self.signals, filetables.released(self.model):
+        with self.held, self.signals, filetables.released(self.model):
+            self._evaluate_on_the_way()  # where a signal came between a step and its evaluation
             while self.step < self.recipe.steps:
                 reason = self._train_step()
-                checkpoint = None
                 last = self.step == self.recipe.steps
-                if reason and not last:
+                if reason and not (last and reason == BUDGET):
                     raise Interrupted(reason, self.step, self.save())
-                # At the last step too, if on a part: the last point of the curve. The whole follows in any case.
-                if _due(self.step, self.recipe.eval_every) and (self.recipe.eval_batches or not last):
-                    self._evaluate(self.recipe.eval_batches)
-                if _due(self.step, self.recipe.checkpoint_every):
-                    checkpoint = self.save()
-            score = self._evaluate(0)
-            checkpoint = checkpoint or self.save()
+                self._evaluate_on_the_way()
+                if last or _due(self.step, self.recipe.checkpoint_every):
+                    self.saved = self.save()
+            assert self.saved is not None
+            score = self._evaluate(0, self._last_evaluation)
         self.loader.close()
-        return Result(score, self.tokens, self.seconds, checkpoint)
+        return Result(score, self.tokens, self.seconds, self.saved)
 
     @property
     def tokens(self) -> int:
@@ -128,6 +134,7 @@ class Trainer:
         training = {
             "step": self.step,
             "seconds": self.seconds,
+            "evaluated": self.evaluated,
             "loader": self.loader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -147,8 +154,7 @@ class Trainer:
         if before != self.world and not sharded(self.model):
             raise ValueError(f"{checkpoint} was written by {before} processes, not {self.world}; resume with as many")
         self.step, self.seconds = training["step"], training["seconds"]
-        if self.step >= self.recipe.steps:
-            raise ValueError(f"the run is done: {checkpoint} is its last step, {self.step}; there is nothing to resume")
+        self.evaluated = training.get("evaluated", self.step)
         self.loader.load_state_dict(training["loader"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
@@ -239,7 +245,7 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _overdue(self) -> bool:
-        return 0 < self.recipe.max_seconds < self.seconds
+        return 0 < self.recipe.max_seconds < self.seconds - self._before
 
     def _log(self, loss: float, mtp_loss: float, concepts: float, rate: float, norm: float, took: float) -> None:
         if self.rank:
@@ -262,8 +268,19 @@ class Trainer:
             self.metrics.write(**record)
         self.report(record)
 
-    def _evaluate(self, batches: int) -> Score:
-        score = evaluate(self.model, self.validation, self.recipe.precision, batches)
+    def _evaluate_on_the_way(self) -> None:
+        if _due(self.step, self.recipe.eval_every) and self.evaluated < self.step < self.recipe.steps:
+            self.evaluated = self.step
+            self._evaluate(self.recipe.eval_batches, self.evaluating)
+
+    def _last_evaluation(self, done: int, total: int) -> None:
+        self.evaluating(done, total)
+        if self.signals.noted and self.world == 1:  # others would wait for this process
+            assert self.saved is not None
+            raise Interrupted(self.signals.noted, self.step, self.saved)
+
+    def _evaluate(self, batches: int, report: Callable[[int, int], None]) -> Score:
+        score = evaluate(self.model, self.validation, self.recipe.precision, batches, report)
         if self.metrics:
             record: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
             record |= {"seconds": round(self.seconds, 3), "val_loss": score.loss}

@@ -5,6 +5,8 @@ line.
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import byrote
 from byrote.cli.main import app
 from byrote.lab.studies import demo
 from byrote.models.counts import Counts
 
-VERBS = ["demo", "data", "train", "generate", "gates", "info", "conformance", "lab", "table"]
+VERBS = ["demo", "data", "train", "eval", "plot", "generate", "gates", "info", "conformance", "lab", "table"]
 SECOND = [
     "lab run",
     "lab dlcm-scaling",
@@ -87,6 +90,8 @@ def test_generate_from_a_run_and_from_a_model_folder(place):
     greedy = run("generate", place / "run", "the memory", "--greedy", "--max-tokens", "5")
     assert greedy.startswith("the memory")
     assert run("generate", checkpoint, "the memory", "--greedy", "--max-tokens", "5", "--no-stream") == greedy
+    spelt = "the <|eos|> of"  # which is text, as it was in training
+    assert run("generate", checkpoint, spelt, "--greedy", "--max-tokens", "2").startswith(spelt)
     options = ("--max-tokens", "20", "--temperature", "2.0", "--seed")
     cached = ("--placement", "file", "--cache", "64KB")
     for places, told in (
@@ -137,6 +142,62 @@ def test_generate_with_drafts(place, tmp_path):
     assert all(("mtp_loss" in record) == ("loss" in record) for record in records)
     assert "recipes/tiny-mtp.toml" in run("generate", place / "run", "x", "--draft", "mtp", code=2)
     assert "prediction" not in run("info", place / "run")
+
+
+def test_eval_gives_the_loss_of_any_checkpoint(place, tmp_path):
+    run_folder = place / "run"
+    done = json.loads((run_folder / "result.json").read_text())
+    for folder in (run_folder, run_folder / "checkpoints/step-000006"):
+        output = run("eval", folder, "--json", tmp_path / "deep/eval.json")
+        assert f"validation loss {done['val_loss']:.4f}, {done['bits_per_byte']:.4f} bits per byte" in output
+        found = json.loads((tmp_path / "deep/eval.json").read_text())
+        assert (found["checkpoint"], found["loss"]) == ("step-000006", done["val_loss"])
+    assert "holds no checkpoint 'step-3'; it holds step-000006" in run(
+        "eval", run_folder, "--checkpoint", "step-3", code=2
+    )
+    assert "holds no checkpoint yet" in run("eval", tmp_path, code=2)
+
+
+def test_two_runs_in_one_picture(place, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(place / "run", other, ignore=shutil.ignore_patterns("checkpoints"))
+    output = run("plot", place / "run", other, "--out", tmp_path / "deep/both.png")
+    assert output == f"{tmp_path}/deep/both.png\n" and (tmp_path / "deep/both.png").stat().st_size > 10_000
+    (tmp_path / "new").mkdir()
+    assert "has not begun" in run("plot", place / "run", tmp_path / "new", code=2)
+
+
+def test_the_version_and_what_is_drawn_from(place):
+    assert run("--version") == f"{byrote.__version__}\n"
+    words = ("generate", place / "run", "the memory")
+    greedy = run(*words, "--greedy", "--max-tokens", "5", "--device", "cpu")
+    assert run(*words, "--top-k", "1", "--max-tokens", "5") == greedy
+    assert run(*words, "--top-p", "1e-6", "--max-tokens", "5") == greedy
+    drawn = {run(*words, "--top-k", "0", "--temperature", "5", "--seed", seed, "--max-tokens", "5") for seed in (1, 2)}
+    assert len(drawn) == 2
+    for option, value, message in (
+        ("--top-k", "-1", "--top-k is -1; it must be at least 1"),
+        ("--top-p", "0", "--top-p is 0.0; it must be above 0"),
+        ("--top-p", "nan", "--top-p is nan"),
+        ("--device", "gpu", "--device is 'gpu', on which torch cannot compute"),
+    ):
+        assert message in run(*words, option, value, code=2)
+    assert "--greedy draws nothing" in run(*words, "--greedy", "--top-k", "3", code=2)
+
+
+def test_the_line_to_go_on_with_can_be_pasted(place, tmp_path):
+    """A run with blanks, quotes and what rich takes for markup in its folder and its prompt stops and goes on."""
+    out = tmp_path / "a run [/x] of :smile: 'mine'"
+    settings_ = [*settings(place, max_seconds=1e-9, eval_every=0), "train.prompt=it's [red] 100 $"]
+    output = run("train", "nano", *settings_, "--out", out)
+    assert "the time budget ended after step 2" in output
+    again = shlex.split(output.split("Go on with: ")[1].splitlines()[0])
+    assert again == ["byrote", "train", "nano", *settings_, "--out", str(out), "--resume"]
+    assert "the time budget ended after step 4" in run(*again[1:])
+    done = run(*again[1:])
+    assert f"run folder: {out}" in done and (out / "result.json").exists()
+    assert "give --resume too" in run("train", "nano", "--checkpoint", "step-000002", code=2)
+    assert "the run is done" in run(*again[1:], code=2)
 
 
 def test_errors_are_one_line_and_status_2(place, tmp_path):
@@ -217,6 +278,20 @@ def test_demo_writes_what_it_says(place, tmp_path, monkeypatch):
     ):
         assert (tmp_path / "out" / name).stat().st_size > 0, name
     assert "bits per byte" in output and "most open" in output
+    # Once more: what is trained is not trained again; what stopped goes on; what is not the demo's is left alone.
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}
+    before = {key: report["engram"][key] for key in ("val_loss", "bits_per_byte", "seconds")}
+    (tmp_path / "out/engram/result.json").unlink()
+    run("demo", *settings(place), "--out", tmp_path / "out")
+    after = json.loads((tmp_path / "out/report.json").read_text())["engram"]
+    assert {key: after[key] for key in before} == before
+    assert times[tmp_path / "out/moe/metrics.jsonl"] == (tmp_path / "out/moe/metrics.jsonl").stat().st_mtime_ns
+    other = run("demo", *settings(place, steps=7), "--out", tmp_path / "out", code=2)
+    assert "train.steps was 6 when the run began and is 7" in other
+    (tmp_path / "mine/engram").mkdir(parents=True)
+    (tmp_path / "mine/engram/thesis.txt").write_text("years")
+    assert "not empty, and no run" in run("demo", *settings(place), "--out", tmp_path / "mine", code=2)
+    assert (tmp_path / "mine/engram/thesis.txt").read_text() == "years"
     monkeypatch.setattr(demo, "TOTAL", 1e-9)
     assert "total parameters differ by" in run("demo", *settings(place), "--out", tmp_path / "out", code=2)
 

@@ -104,10 +104,35 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(settings, tmp_path):
         k: v for k, v in results[name][0].items() if k != "seconds"
     }
     assert list((victim.folder / "checkpoints").glob("step-000100"))  # --keep
-    # Killed after its last checkpoint: the result is taken from what it wrote.
+    # Killed after its last evaluation: that is made again, and comes to the same.
     (victim.folder / "done.json").unlink()
     run_cell(victim.folder, keep=False)
     assert json.loads((victim.folder / "done.json").read_text()) == results[name][0]
+
+
+def test_a_loss_of_a_part_of_the_text_is_no_result(settings, tmp_path):
+    """A run is killed before its last evaluation; an older version took the last loss that it saw."""
+    parts = [setting for setting in settings if not setting.startswith("train.eval_every")]
+    parts += ["train.eval_every=2", "train.eval_batches=1", "train.checkpoint_every=3"]
+    variants = plan([str(NANO)], parts)
+    [cell] = cells(variants, 1, tmp_path)
+    whole, _ = run_lab(variants, 1, tmp_path, keep=True)
+    log = cell.folder / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(r["step"], r["bits_per_byte"] is None) for r in records if "val_loss" in r] == [
+        (2, True),
+        (4, True),
+        (6, False),
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records[:-1]))
+    part = {**whole[cell.variant.name][0], "val_loss": 9.9, "bits_per_byte": None}
+    for old in (None, part):
+        (cell.folder / "done.json").unlink()
+        if old:
+            (cell.folder / "done.json").write_text(json.dumps(old))
+        again, failures = run_lab(variants, 1, tmp_path, keep=True)
+        assert again == whole and not failures
+    assert whole[cell.variant.name][0]["bits_per_byte"] > 0
 
 
 def test_a_signal_stops_the_lab_and_its_runs_save(settings, tmp_path):
@@ -212,11 +237,33 @@ def test_the_table_by_hand():
         "| b | 4.0000 (sd 2.0000) | 1.0000 | +2.0000 ± 2.4841 | 2 | 1,000 | 10 |",
     ]
     assert "| b (3 of 4 seeds) |" in markdown(rows(variants, results), 4)
+    one = markdown(rows(variants, {name: {0: run(loss)} for name, loss in (("a", 1.0), ("b", 3.0))}), 1).splitlines()
+    assert one[2].startswith("| a | 1.0000 | 1.0000 |  | 2 |") and one[3].startswith(
+        "| b | 3.0000 | 1.0000 | +2.0000 |"
+    )
     swept = plan([f"a={NANO}", f"b={NANO}"], ["data.corpus=factbook,prose", "train.steps=1,2"])
     results = {variant.name: {0: run(1.0), 1: run(2.0)} for variant in swept}
     baselines = [row.baseline for row in rows(swept, results)]
     names = [variant.name for variant in swept[:4]]
     assert baselines == ["", names[0], "", names[2], *names]
+
+
+@pytest.mark.parametrize("line", ['corpus = "prose"', "vocab_size = 2048", 'tokenizer = "elsewhere"', "length = 32"])
+def test_losses_of_other_data_are_not_subtracted(tmp_path, line):
+    """Recipe b reads other tokens than a: it is no difference from a, and c, which reads b's, is one from b."""
+    key = line.split()[0]
+    for name in ("b", "c"):
+        lines = [text for text in NANO.read_text().splitlines() if not text.startswith(f"{key} ")]
+        at = lines.index("[data]") + 1
+        (tmp_path / f"{name}.toml").write_text("\n".join([*lines[:at], line, *lines[at:]]))
+    content = (tmp_path / "c.toml").read_text().replace('folder = "data/factbook-nano"', 'folder = "data/elsewhere"')
+    (tmp_path / "c.toml").write_text(content)
+    variants = plan([str(NANO), str(tmp_path / "b.toml"), str(tmp_path / "c.toml")], ["train.steps=1,2"])
+    made = {"val_loss": 2.0, "bits_per_byte": 1.0, "seconds": 2.0, "params_total": 1000, "params_active": 10}
+    table = rows(variants, {variant.name: {0: made} for variant in variants})
+    first, b = variants[0].name, variants[2].name
+    assert [row.baseline for row in table] == ["", first, "", b, b, variants[3].name]
+    assert "are not compared" in markdown(table, 1) and "are not compared" not in markdown(table[:2], 1)
 
 
 def test_runs_outlive_no_lab(settings, tmp_path):

@@ -142,3 +142,20 @@ def test_equal_pairs_have_equal_rows(folded):
     for pair in ([4, 8, 10], [5, 9, 11], [4, 8, 12]):
         model(input_ids=torch.tensor([pair]), use_cache=False)
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype):
+    """The weights follow it; rows of a table are read in float32 whatever it is."""
+    rows = torch.arange(9)
+    expected = make().memory_stack.items()[0][1].table.read(rows)
+    torch.set_default_dtype(dtype)
+    try:
+        model = make(num_streams=2)
+        ids = torch.tensor([[3, 4, 5, 6]])
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert model.dtype == dtype and model.eval().generate(ids, max_new_tokens=2).shape == (1, 6)
+        found = model.memory_stack.items()[0][1].table.read(rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -80,13 +80,16 @@ def test_what_is_under_padding_does_not_matter(model, ids, garbage):
 
 def test_embeddings_without_ids(model, ids):
     embeddings = model.get_input_embeddings()(ids)
+    assert_refused(model, "input_ids is missing: give token ids")
     if model.memory_stack is not None:
-        assert_refused(model, "input_ids is missing: a memory is addressed by token ids", inputs_embeds=embeddings)
+        assert_refused(model, "a memory is addressed by token ids; pass them beside", inputs_embeds=embeddings)
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         if model.memory_stack is None:
             assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+            tokens = model.generate(inputs_embeds=embeddings, max_new_tokens=3)
+            assert torch.equal(tokens, model.generate(ids, max_new_tokens=3)[:, LENGTH:])
         assert torch.equal(model(input_ids=ids, inputs_embeds=embeddings).logits, expected)
 
 

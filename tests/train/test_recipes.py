@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from byrote.models.families import PRESETS, config_class
-from byrote.train.fields import fits, parse
 from byrote.train.recipe import RECIPES, Recipe, TrainRecipe, model_fields
+from byrote.train.recipe.fields import fits, parse
 
 RECIPE = """
 [model]

@@ -37,7 +37,7 @@ def worker(rank: int, recipe: str, data: str, folder: str, world: int, resume: b
 
 def assert_close(folder: Path, other: Path) -> None:
     first, second = (EngramForCausalLM.from_pretrained(path) for path in (folder, other))
-    for name, value in second.state_dict().items():
+    for name, value in second.named_parameters():
         torch.testing.assert_close(first.state_dict()[name], value, atol=1e-5, rtol=0)
     for (_, a), (_, b) in zip(first.memory_stack.items(), second.memory_stack.items(), strict=True):
         rows = torch.arange(a.table.num_rows)

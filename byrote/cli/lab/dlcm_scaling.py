@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from byrote.cli.output import terminal, write
+
 
 def dlcm_scaling(
     runs: Annotated[Path, typer.Argument(help="A .csv with a header, or a .json list of objects.")],
@@ -31,7 +33,7 @@ def dlcm_scaling(
     from byrote.lab.studies.dlcm_scaling.law import cost_of
     from byrote.lab.studies.dlcm_scaling.plot import plot_scaling
 
-    console = Console()
+    console = terminal()
     fixed = _fixed(fix or [])
     for_law, for_decay = read_runs(runs)
     content: dict[str, Any] = {}
@@ -51,10 +53,9 @@ def dlcm_scaling(
         decay = fit_decay(for_decay)
         content |= _show_decay(console, decay)
     plot_scaling(law, decay, cost, plot)
-    console.print(f"\n{plot}", soft_wrap=True, highlight=False)
+    console.print(f"\n{plot}", soft_wrap=True)
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        write(json_file, json.dumps(content, indent=2) + "\n")
 
 
 def _fixed(settings: list[str]) -> dict[str, float]:
@@ -76,7 +77,7 @@ def _show_law(console: Console, fit: Any, cost: float) -> dict[str, Any]:
 
     off = 100 * np.abs(np.expm1(fit.residuals))
     worst = int(off.argmax())
-    console.print(f"Eq. 22, {len(off)} runs", style="bold", highlight=False)
+    console.print(f"Eq. 22, {len(off)} runs", style="bold")
     shown = Table("coefficient", "value", "95 %", "", box=None, pad_edge=False)
     coefficients: dict[str, Any] = {}
     for name in NAMES:
@@ -85,13 +86,13 @@ def _show_law(console: Console, fit: Any, cost: float) -> dict[str, Any]:
         note = "fixed" if name in fit.fixed else "" if known else "not determined by these runs"
         shown.add_row(name, f"{value:.4g}", "" if name in fit.fixed else f"{low:.4g} to {high:.4g}", note)
         coefficients[name] = {"value": value, "low": low, "high": high, "determined": known}
-    console.print(shown, highlight=False)
+    console.print(shown)
     console.print(
         f"R² {fit.r2:.4f}; off by {np.median(off):.2f} % in the median, by {off[worst]:.2f} % in run {worst + 1}; "
         f"{fit.agreeing} of {fit.starts} starts agree",
         highlight=False,
     )
-    console.print(f"\nBest share of concept layers at {cost:.4g} parameters a token", style="bold", highlight=False)
+    console.print(f"\nBest share of concept layers at {cost:.4g} parameters a token", style="bold")
     shown = Table("R", "P", "95 %", "", box=None, pad_edge=False)
     shares = []
     for r in np.unique(fit.runs.r).tolist():
@@ -101,7 +102,7 @@ def _show_law(console: Console, fit: Any, cost: float) -> dict[str, Any]:
         note = "" if inside else f"outside of the runs, which have {fit.runs.p.min():g} to {fit.runs.p.max():g}"
         shown.add_row(f"{r:g}", f"{best:.3f}", f"{low:.3f} to {high:.3f}", note)
         shares.append({"R": r, "P": best, "low": low, "high": high, "inside_of_the_runs": inside})
-    console.print(shown, highlight=False)
+    console.print(shown)
     law = {"runs": len(off), "r2": fit.r2, "coefficients": coefficients, "cost": cost, "best_share": shares}
     return {"law": law | {"starts": fit.starts, "agreeing": fit.agreeing, "residuals": fit.residuals.tolist()}}
 
@@ -109,13 +110,13 @@ def _show_law(console: Console, fit: Any, cost: float) -> dict[str, Any]:
 def _show_decay(console: Console, fit: Any) -> dict[str, Any]:
     from rich.table import Table
 
-    console.print(f"\nEq. 23, {len(fit.runs.n)} runs", style="bold", highlight=False)
+    console.print(f"\nEq. 23, {len(fit.runs.n)} runs", style="bold")
     shown = Table("coefficient", "value", "95 %", box=None, pad_edge=False)
     coefficients = {}
     for name, (low, high) in fit.intervals.items():
         value = getattr(fit.decay, name)
         shown.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}")
         coefficients[name] = {"value": value, "low": low, "high": high}
-    console.print(shown, highlight=False)
-    console.print(f"R² of the logarithms {fit.r2:.4f}", highlight=False)
+    console.print(shown)
+    console.print(f"R² of the logarithms {fit.r2:.4f}")
     return {"decay": {"runs": len(fit.runs.n), "r2": fit.r2, "coefficients": coefficients}}

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from byrote.cli.output import terminal, write
+
 
 def mup_check(
     base: Annotated[int, typer.Option(help="The base width; others are 2, 4, 8 times it.")] = 64,
@@ -34,7 +36,7 @@ def mup_check(
         raise ValueError(f"seeds is {seeds}; give at least 1")
     if text is not None:
         Tokens.open(text, "train")  # or an error, before the work
-    console = Console()
+    console = terminal()
     cases = [(varied, mup) for varied in ("token", "concept") for mup in (True, False)]
     names = [f"{varied}, {'muP' if mup else 'standard'}" for varied, mup in cases]
     found: dict[str, list[Any]] = {name: [] for name in names}
@@ -46,16 +48,15 @@ def mup_check(
     spreads = {name: {stage: max(one.spread(stage) for one in found[name]) for stage in STAGES} for name in names}
     for stage in STAGES:
         shown.add_row(stage, *(f"{spreads[name][stage]:.2f}" for name in names))
-    console.print(shown, highlight=False)
+    console.print(shown)
     plot_coordinates({name: checks[0] for name, checks in found.items()}, plot)
-    console.print(f"\n{plot}", soft_wrap=True, highlight=False)
+    console.print(f"\n{plot}", soft_wrap=True)
     content: dict[str, Any] = {"base": base, "rate": rate, "seeds": seeds, "spreads": spreads}
     content["rms"] = {name: [one.rms.tolist() for one in checks] for name, checks in found.items()}
     if text is not None:
         content["sweep"] = _sweep(console, [Options(base, rate, seed=seed) for seed in range(seeds)], text, steps)
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        write(json_file, json.dumps(content, indent=2) + "\n")
 
 
 def _sweep(console: Console, seeds: list[Any], text: Path, steps: int) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _sweep(console: Console, seeds: list[Any], text: Path, steps: int) -> dict[s
     for row in zip(*columns, strict=True):
         shown.add_row(*row)
     console.print()
-    console.print(shown, highlight=False)
+    console.print(shown)
     for name, one in content.items():
         beyond = ", at an end of the grid" if one["at_an_end"] else ""
         of_each = ", ".join(f"{seed['shift']:+d}" for seed in one["seeds"])

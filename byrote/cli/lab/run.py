@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal
 
 
 def run(
@@ -29,10 +30,16 @@ def run(
     from byrote.lab.studies.runner import Stopped, run_lab
 
     logging.disable_progress_bar()
-    console = Console()
+    console = terminal()
     variants = plan(recipes, sets or [])
     out = Path("runs/lab") / (name or "+".join(dict.fromkeys(variant.model for variant in variants)))
-    columns = (TextColumn(out.name), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(out.name, total=None)
         try:
@@ -55,6 +62,6 @@ def run(
     typer.echo("\n" + markdown(rows(variants, results), seeds) + "\n")
     console.print(f"{out}: results.jsonl, table.md, and a folder for each run", soft_wrap=True)
     for cell, why in failures.items():
-        console.print(f"{cell}: {why}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{cell}: {why}", style="red", soft_wrap=True)
     if failures:
         raise typer.Exit(1)

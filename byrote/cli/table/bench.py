@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal, write
 
 
 def bench(
@@ -32,7 +33,7 @@ def bench(
     from byrote.train.allocator import keep_freed_memory
 
     keep_freed_memory()  # as in training: pages that each round has to ask for again are noise, ours and theirs
-    console = Console()
+    console = terminal()
     shown = Table(box=None, pad_edge=False)
     for column in ("what", "ms", "theirs", "ratio", "range", "goal", ""):
         shown.add_column(column, justify="left" if column in ("what", "") else "right", no_wrap=column != "what")
@@ -64,10 +65,10 @@ def bench(
         from byrote.lab.bench.decode import decode_memory, memory_line
 
         memory = decode_memory(Options(quick, folder=folder))
-        console.print(memory_line(memory), highlight=False)
+        console.print(memory_line(memory))
     for size in sizes:
         what = f"state of {size['rule']}, rows of {size['width']}: {size['bytes']:.3f} bytes for each {size['of each']}"
-        console.print(f"{what}, {size['resident']:.3f} in memory ({size['target']})", highlight=False)
+        console.print(f"{what}, {size['resident']:.3f} in memory ({size['target']})")
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
         content = {
@@ -77,4 +78,4 @@ def bench(
             "state": sizes,
             "decode": memory,
         }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        write(json_file, json.dumps(content, indent=2) + "\n")

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from byrote.cli.output import progress, terminal
+
 
 class Codec(StrEnum):
     fp32 = "fp32"
@@ -31,7 +33,7 @@ def convert(
     """
     from byrote.tables.placements.file import FileTable
 
-    console = Console()
+    console = terminal()
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder; give a table file, or the folder of a model or a run")
     if check is not None and source.is_file():
@@ -45,20 +47,18 @@ def convert(
 
 
 def _convert(console: Console, name: str, table: Any, target: Path, codec: str) -> None:
-    from rich.progress import Progress
-
     from byrote.tables.files.convert import BOUNDS, convert
 
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with progress(console) as bar:
         task = bar.add_task(name, total=None)
         done = convert(table, target, codec, lambda at, of: bar.update(task, completed=at, total=of))
     smaller = f"{done.bytes_before:,} to {done.bytes_after:,} bytes ({done.bytes_after / done.bytes_before:.1%})"
-    console.print(f"{name}: {smaller}", highlight=False, soft_wrap=True)
-    console.print(f"  worst error a value may suffer in {codec}: {BOUNDS[codec]}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {smaller}", soft_wrap=True)
+    console.print(f"  worst error a value may suffer in {codec}: {BOUNDS[codec]}", soft_wrap=True)
     measured = (
         f"{done.worst:.3g}, {done.share:.1%} of what its row allows; root mean square {done.rms:.3%} of the values"
     )
-    console.print(f"  measured: {measured}", highlight=False, soft_wrap=True)
+    console.print(f"  measured: {measured}", soft_wrap=True)
 
 
 def _convert_model(console: Console, source: Path, target: Path, codec: str) -> Path:
@@ -79,7 +79,7 @@ def _convert_model(console: Console, source: Path, target: Path, codec: str) -> 
     if (found / "tokenizer.json").is_file():
         load_tokenizer(found).save_pretrained(target)
     model.save_pretrained(target, tables=False)
-    console.print(f"wrote {target}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {target}", soft_wrap=True)
     return found
 
 
@@ -89,4 +89,4 @@ def _check(console: Console, before: Path, after: Path, run: Path) -> None:
     with console.status("measuring the validation loss"):
         first, second = score(before, run), score(after, run)
     change = f"{first.loss:.5f} before, {second.loss:.5f} after, {second.loss - first.loss:+.5f} nats a token"
-    console.print(f"validation loss on {first.tokens:,} tokens: {change}", highlight=False, soft_wrap=True)
+    console.print(f"validation loss on {first.tokens:,} tokens: {change}", soft_wrap=True)

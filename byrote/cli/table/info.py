@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal
 
 OURS = "table-*.safetensors"
 
@@ -17,11 +18,11 @@ def info(
 
     Of a released checkpoint: which of its tensors are tables, and in what form.
     """
-    console = Console()
+    console = terminal()
     for name, lines in tables_of(path):
-        console.print(name, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(name, style="bold", soft_wrap=True)
         for line in lines:
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
 
 
 def tables_of(path: Path) -> list[tuple[str, list[str]]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import progress, terminal
 
 
 def stats(
@@ -22,7 +23,6 @@ def stats(
     byrote table stats recipes/tiny-engram.toml \\
         --set "model.memory_table_sizes=[1000000, 1000000]"
     """
-    from rich.progress import Progress
     from rich.table import Table
 
     from byrote.address import compress
@@ -33,7 +33,7 @@ def stats(
     from byrote.train.recipe import Recipe
     from byrote.train.run import config_of, prepare_data
 
-    console = Console()
+    console = terminal()
     chosen = Recipe.load(recipe, sets or [])
     with DataLive(console, chosen.data.corpus) as live:
         data, _ = prepare_data(chosen, live.report)
@@ -42,7 +42,7 @@ def stats(
     if spec is None:
         raise ValueError(f"{recipe} describes a model without a memory; give one with model.memory_layers")
     layer = spec.layers[0]
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with progress(console) as bar:
         task = bar.add_task(f"layer {layer.layer_id}", total=None)
         curves = cache_curves(
             spec,

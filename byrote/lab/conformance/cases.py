@@ -15,8 +15,10 @@ docs/formats.md; `conformance_hash.py` and `conformance_forward.py` read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,19 @@ TOLERANCE = 2e-6
 
 class FormatError(ValueError):
     """The file cannot be read as vectors."""
+
+
+def naming_the_file(check: Callable[[Path], Iterator[Case]]) -> Callable[[Path], Iterator[Case]]:
+    """So that each FormatError of a check says of which file it is."""
+
+    @functools.wraps(check)
+    def named(path: Path) -> Iterator[Case]:
+        try:
+            yield from check(path)
+        except FormatError as error:
+            raise FormatError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+    return named
 
 
 class Divergence(Exception):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from byrote.address import AddressSpec, engram, hash_windows, windows
-from byrote.lab.conformance.cases import Case, FormatError, check_version, run_case
+from byrote.lab.conformance.cases import Case, FormatError, check_version, naming_the_file, run_case
 from byrote.nn.engram import Engram, Gate
 
 FORMAT = "engram-forward-golden/1"
@@ -49,6 +49,7 @@ GATE_AXES = {
 Tensors = Mapping[str, Tensor]
 
 
+@naming_the_file
 def check_forward_file(path: Path) -> Iterator[Case]:
     try:
         with safe_open(path, "pt") as file:
@@ -59,7 +60,7 @@ def check_forward_file(path: Path) -> Iterator[Case]:
     check_version(header.get("format", ""), FORMAT, header.get("format_version"))
     try:
         configs = json.loads(header["cases"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} has no JSON object `cases` in its metadata: {error}") from error
     if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
         raise FormatError(f"{path}: `cases` is no object of objects")

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
+from byrote.data.tokenizer import encode_prompt, shown
 from byrote.lab.inspect.concepts_page import PAGE
 from byrote.lab.inspect.gates import visible
 from byrote.lab.inspect.page import fill
@@ -52,7 +53,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> SegmentTrace:
     config: Any = model.config
     if not getattr(config, "num_concept_layers", 0):
         raise ValueError("the model has no concepts, so there are no segments: train one with recipes/dlcm-tiny.toml")
-    ids = tokenizer(text)["input_ids"]
+    ids = encode_prompt(tokenizer, text)
     if not ids:
         raise ValueError("the text has no tokens: give some")
     training, device = model.training, next(model.parameters()).device
@@ -63,7 +64,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> SegmentTrace:
         model.train(training)
     p = found.boundary_probabilities[0].float().cpu().numpy()
     opens = config.boundary_convention != "close"
-    return SegmentTrace([tokenizer.decode([token]) for token in ids], p, config.boundary_threshold, opens)
+    return SegmentTrace(shown(tokenizer, ids), p, config.boundary_threshold, opens)
 
 
 def summary(trace: SegmentTrace) -> str:

@@ -23,9 +23,11 @@ from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
+from byrote.data.tokenizer import encode_prompt, shown
 from byrote.lab.inspect.gates_page import PAGE
 from byrote.lab.inspect.page import fill
 from byrote.nn.engram import Engram
+from byrote.tables.files.headers import check_fields, parse_object
 
 FORMAT_VERSION = 1
 CLOSED, OPEN = (38, 43, 49), (244, 185, 66)
@@ -65,12 +67,13 @@ class GateTrace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> GateTrace:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parse_object(Path(path).read_bytes(), str(path))
         if record.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format_version={record.get('format_version')}, this program reads {FORMAT_VERSION}"
                 ": record the trace again"
             )
+        check_fields(record, {"tokens": list, "gates": list, "layer_ids": list}, str(path))
         return cls(record["tokens"], np.asarray(record["gates"], dtype=np.float32), record["layer_ids"])
 
 
@@ -80,7 +83,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
     memories = {name: module for name, module in model.named_modules() if isinstance(module, Engram)}
     if not memories:
         raise ValueError("the model has no Engram layer, so there are no gates: give a model with a memory")
-    ids = tokenizer(text)["input_ids"]
+    ids = encode_prompt(tokenizer, text)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         memory.gate.register_forward_hook(lambda _module, _inputs, gates, name=name: seen.update({name: gates}))
@@ -95,7 +98,7 @@ def record(model: torch.nn.Module, tokenizer: Any, text: str) -> GateTrace:
         for hook in hooks:
             hook.remove()
     gates = torch.stack([seen[name][0].float().cpu() for name in memories]).numpy()
-    return GateTrace([tokenizer.decode([token]) for token in ids], gates, _layer_ids(list(memories)))
+    return GateTrace(shown(tokenizer, ids), gates, _layer_ids(list(memories)))
 
 
 def _layer_ids(names: list[str]) -> list[int]:

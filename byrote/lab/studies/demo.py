@@ -5,6 +5,8 @@ active ones and FLOPs within 2 %), and that is printed and asserted before anyth
 a run folder for each, and
 
     report.json  loss.png  sample.txt  gates.html  gates.json
+
+Run again, it goes on: what is trained is not trained again, and nothing that lies there is removed.
 """
 
 import json
@@ -15,10 +17,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.inspect.gates import record, to_html, to_terminal
 from byrote.models.counts import Counts, count
+from byrote.train.checkpoint import latest
+from byrote.train.folder import check_same
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.recipe import RECIPES, Recipe
@@ -33,37 +38,59 @@ def run_demo(out: Path, overrides: Iterable[str], console: Console) -> dict[str,
     """Train both, write everything to `out`, and return what report.json holds."""
     overrides = list(overrides)
     recipes = {name: Recipe.load(RECIPES / file, overrides) for name, file in PAIR.items()}
+    for name, recipe in recipes.items():
+        check_folder(recipe, out / name)
     counts = compare_counts(recipes, console)
     report: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        trainer, result = train(recipe, out / name, console)
+        result = trained(recipe, out / name, console)
         report[name] = {
-            "val_loss": result.score.loss,
-            "bits_per_byte": result.score.bits_per_byte,
+            "val_loss": result["val_loss"],
+            "bits_per_byte": result["bits_per_byte"],
             "params_total": counts[name].total,
             "params_active": counts[name].active,
             "params_table": counts[name].table,
             "flops_per_token": counts[name].flops_per_token,
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 2),
-            "tokens_per_second": round(result.tokens / result.seconds, 1),
+            "tokens": result["tokens"],
+            "seconds": result["seconds"],
+            "tokens_per_second": round(result["tokens"] / max(result["seconds"], 0.01), 1),
         }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     curves = {name: read_metrics(out / name / "metrics.jsonl") for name in recipes}
     plot_losses(curves, out / "loss.png", f"The same {report['moe']['tokens']:,} tokens of {recipe.data.corpus}")
     shutil.copy(out / "engram/sample.txt", out / "sample.txt")
     text = (out / "sample.txt").read_text().strip()
-    trace = record(trainer.model, trainer.tokenizer, text)
+    checkpoint = latest(out / "engram")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    trace = record(model, load_tokenizer(checkpoint), text)
     trace.save(out / "gates.json")
     (out / "gates.html").write_text(to_html(trace, "A sample of the demo's model"), encoding="utf-8")
     console.print(table(report))
-    console.print("\n[bold]a sample of engram[/]")
-    console.print(text, markup=False, highlight=False)
-    console.print("\n[bold]how far its memories' gates open[/]")
+    console.print("\na sample of engram", style="bold")
+    console.print(text)
+    console.print("\nhow far its memories' gates open", style="bold")
     console.print(to_terminal(trace))
-    console.print(f"\n{out}: report.json, loss.png, sample.txt, gates.html, and a run folder for each")
+    files = "report.json, loss.png, sample.txt, gates.html, and a run folder for each"
+    console.print(f"\n{out}: {files}", markup=False, soft_wrap=True)
     return report
+
+
+def check_folder(recipe: Recipe, run: Path) -> None:
+    """ValueError unless `run` is empty, or a run of this recipe that is done or can go on."""
+    if (run / "recipe.json").exists():
+        check_same(recipe, run)
+    elif run.exists() and {path.name for path in run.iterdir()} - {
+        "lock",
+        "tokenizer",
+    }:  # of a run that was killed early
+        raise ValueError(f"{run} is not empty, and no run: choose another --out")
+
+
+def trained(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+    """The result.json of a run, which is trained, or gone on with, where it is not done."""
+    if not (run / "result.json").exists():
+        train(recipe, run, console, resume=(run / "recipe.json").exists())
+    return json.loads((run / "result.json").read_text())
 
 
 def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Counts]:
@@ -78,7 +105,7 @@ def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Co
     check_sizes(counts)
     for name, c in counts.items():
         sizes = f"{c.total:,} parameters ({c.table:,} in tables), {c.active:,} active"
-        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token", highlight=False)
+        console.print(f"{name}: {sizes}, {c.flops_per_token:,} FLOPs a token")
     return counts
 
 

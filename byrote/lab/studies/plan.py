@@ -12,14 +12,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from byrote.lab.studies.controls import CONTROLS
 from byrote.models.families import PRESETS
-from byrote.train.recipe import Recipe
+from byrote.train.recipe import DataRecipe, Recipe
 
 SEEDED = ("train.seed", "model.memory_seed")
 
@@ -38,9 +38,9 @@ class Variant:
         return " ".join([self.model, *(f"{key}={value}" for key, value in self.values)])
 
     @property
-    def data_values(self) -> list[tuple[str, str]]:
-        """Losses compare only where these are equal."""
-        return [(key, value) for key, value in self.values if key.startswith("data.")]
+    def data(self) -> DataRecipe:
+        """Losses compare only where this is equal: corpus, tokenizer, rows. In which folder it lies does not matter."""
+        return replace(self.recipe.data, folder="")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The table of a lab: for each variant the mean over its seeds, its spread, and the paired difference from a baseline.
 
-Baseline: of another recipe, the first recipe at the same values; of the first recipe, its first values. Losses on
-different data are not compared: the data.* values must be the same.
+Baseline: of another recipe, the first recipe at the same values; of the first recipe, its first values. Losses of
+different corpora, tokenizers or rows are of other tokens and are not compared: each data has a first recipe of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any
 
 from byrote.lab.studies.plan import Variant
 from byrote.lab.studies.statistics import Summary, paired, summarize
+
+OTHER_DATA = (
+    "Losses of different corpora, tokenizers or row lengths are not compared: differences are within one of them."
+)
 
 Results = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what the run says
 
@@ -40,9 +44,9 @@ def rows(variants: list[Variant], results: Results) -> list[Row]:
 
 
 def baseline(variant: Variant, variants: list[Variant]) -> Variant | None:
-    for other in variants:
-        comparable = other.data_values == variant.data_values and other.model == variants[0].model
-        if comparable and (variant.model == other.model or variant.values == other.values):
+    alike = [other for other in variants if other.data == variant.data]
+    for other in alike:
+        if other.model == alike[0].model and (variant.model == other.model or variant.values == other.values):
             return None if other is variant else other
     return None
 
@@ -65,11 +69,14 @@ def markdown(table: list[Row], seeds: int) -> str:
             name += f" ({len(runs)} of {seeds} seeds)"
         difference = ""
         if row.difference:
-            difference = f"{row.difference.mean:+.4f} ± {row.difference.half:.4f}"
-            difference += "" if one else f" from {row.baseline}"
-        bits, seconds = fmean(run["bits_per_byte"] or 0.0 for run in runs), fmean(run["seconds"] for run in runs)
+            half = f" ± {row.difference.half:.4f}" if row.difference.n > 1 else ""  # one seed has no spread
+            difference = f"{row.difference.mean:+.4f}{half}" + ("" if one else f" from {row.baseline}")
+        spread = f" (sd {row.loss.sd:.4f})" if row.loss.n > 1 else ""
+        bits, seconds = fmean(run["bits_per_byte"] for run in runs), fmean(run["seconds"] for run in runs)
         lines.append(
-            f"| {name} | {row.loss.mean:.4f} (sd {row.loss.sd:.4f}) | {bits:.4f} | {difference} | {seconds:.0f} "
+            f"| {name} | {row.loss.mean:.4f}{spread} | {bits:.4f} | {difference} | {seconds:.0f} "
             f"| {runs[0]['params_total']:,} | {runs[0]['params_active']:,} |"
         )
+    if any(row.variant.data != table[0].variant.data for row in table):
+        lines += ["", OTHER_DATA]
     return "\n".join(lines)

@@ -6,8 +6,9 @@
         done.json                        what it came to; it is there when the run is done
         log.txt                          what its process said
 
-A run that is done is not run again; one that stopped goes on from its checkpoint, bit for bit, or from its start if it
-has none. A run whose recipe is not the one it began with is refused: its results would be of two experiments.
+A run that is done is not run again; one that stopped goes on from its checkpoint, bit for bit, from its last evaluation
+if that is all that is missing, or from its start if it has no checkpoint. A run whose recipe is not the one it began
+with is refused: its results would be of two experiments.
 
 Left out: several machines, one run over several processes, two labs at once in one folder.
 """
@@ -33,10 +34,9 @@ from byrote.lab.studies.controls import CONTROLS
 from byrote.lab.studies.plan import Cell, Variant, cells, differences
 from byrote.lab.studies.report import Results, markdown, rows
 from byrote.models.counts import count
-from byrote.train.checkpoint import checkpoints, step_of
-from byrote.train.metrics import read_metrics
+from byrote.train.folder import FREE, replace_text
 from byrote.train.recipe import Recipe
-from byrote.train.run import FREE, config_of, make_trainer, prepare_data
+from byrote.train.run import config_of, make_trainer, prepare_data
 from byrote.train.signals import Signals
 from byrote.train.trainer import Interrupted
 
@@ -75,7 +75,8 @@ def run_lab(
     context.set_forkserver_preload([__name__])
 
     def collect(cell: Cell) -> None:
-        result = json.loads((cell.folder / "done.json").read_text())
+        result = _result(cell)
+        assert result is not None
         results.setdefault(cell.variant.name, {})[cell.seed] = result
         _write(variants, seeds, results, out)
         finished(cell, result)
@@ -84,7 +85,7 @@ def run_lab(
         while waiting or running:
             while waiting and len(running) < jobs and not signals.noted:
                 cell = waiting.pop(0)
-                if (cell.folder / "done.json").exists():
+                if _result(cell) is not None:
                     collect(cell)
                     continue
                 process = context.Process(target=_in_process, args=(cell.folder, keep), daemon=True)
@@ -115,19 +116,15 @@ def run_cell(folder: Path, keep: bool) -> None:
     cell = json.loads((folder / "cell.json").read_text())
     recipe = Recipe.from_dict(cell["recipe"])
     data, meta = prepare_data(recipe, lambda what, done, total: None)
-    found = checkpoints(folder)
-    if not found or (step_of(found[-1]) or 0) < recipe.train.steps:
-        if not found:
-            (folder / "recipe.json").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        trainer = make_trainer(recipe, folder, data, meta, resume=bool(found))
-        if cell["control"]:
-            CONTROLS[cell["control"]](trainer.model)
-        trainer.train()
-    last = [record for record in read_metrics(folder / "metrics.jsonl") if "val_loss" in record][-1]
+    trainer = make_trainer(recipe, folder, data, meta, resume=(folder / "recipe.json").exists())
+    if cell["control"]:
+        CONTROLS[cell["control"]](trainer.model)
+    trained = trainer.train()
     counts = count(config_of(recipe, load_tokenizer(data / "tokenizer")), recipe.data.length)
-    result = {key: last[key] for key in ("val_loss", "bits_per_byte", "seconds", "tokens")}
+    result = {"val_loss": trained.score.loss, "bits_per_byte": trained.score.bits_per_byte}
+    result |= {"seconds": round(trained.seconds, 3), "tokens": trained.tokens}
     result |= {"params_total": counts.total, "params_active": counts.active, "params_table": counts.table}
-    _replace(folder / "done.json", json.dumps(result) + "\n")
+    replace_text(folder / "done.json", json.dumps(result) + "\n")
     if not keep:
         shutil.rmtree(folder / "checkpoints")
 
@@ -185,7 +182,7 @@ def _begin(planned: list[Cell], report: Callable[[str, int, int], None]) -> None
                 )
     for cell, content in zip(planned, contents, strict=True):
         cell.folder.mkdir(parents=True, exist_ok=True)
-        _replace(cell.folder / "cell.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        replace_text(cell.folder / "cell.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(variants: list[Variant], seeds: int, results: Results, out: Path) -> None:
@@ -194,14 +191,15 @@ def _write(variants: list[Variant], seeds: int, results: Results, out: Path) -> 
         for v in variants
         for seed, run in sorted(results.get(v.name, {}).items())
     ]
-    _replace(out / "results.jsonl", "".join(line + "\n" for line in lines))
-    _replace(out / "table.md", markdown(rows(variants, results), seeds) + "\n")
+    replace_text(out / "results.jsonl", "".join(line + "\n" for line in lines))
+    replace_text(out / "table.md", markdown(rows(variants, results), seeds) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+def _result(cell: Cell) -> dict[str, Any] | None:
+    """What a run came to; None where it is not done. Without bits per byte its loss is of a part of the text only."""
+    path = cell.folder / "done.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result is not None and result["bits_per_byte"] is not None else None
 
 
 def _steps(cell: Cell) -> int:

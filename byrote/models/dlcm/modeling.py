@@ -77,7 +77,9 @@ class DLCMForCausalLM(DLCMPreTrainedModel, MemoryGenerationMixin):
         make and return no logits.
         """
         check_arguments(kwargs, type(self).forward)
-        targets = targets_of(labels, shift_labels, input_ids, self.config.vocab_size)
+        targets = targets_of(
+            labels, shift_labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

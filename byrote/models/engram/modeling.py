@@ -108,7 +108,7 @@ class EngramModel(EngramPreTrainedModel):
         """input_ids int64 [B, T]; attention_mask [B, past + T], 0 at padding; position_ids [B, T], 0 at a new document;
         without position_ids the tokens go on with the last document.
 
-        `inputs_embeds` [B, T, d] may replace the embedding, never the ids: the memory is addressed by them.
+        `inputs_embeds` [B, T, d] may replace the embedding, not the ids that address a memory.
         `output_hidden_states`: the mean of the streams before each block, [B, T, d], and what the head reads; numbers
         ask for some. `output_attentions`: the weights [B, H, T, S] of each block. `output_streams`: those after the
         last, [B, T, n, d], as `streams`. `predict`: run the prediction modules over all of the new tokens and return
@@ -223,7 +223,9 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
         check_arguments(kwargs, type(self).forward)
-        targets = targets_of(labels, shift_labels, input_ids, self.config.vocab_size)
+        targets = targets_of(
+            labels, shift_labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size
+        )
         predict = self.training and targets is not None and len(self.model.mtp) > 0
         outputs = self.model(
             input_ids=input_ids,

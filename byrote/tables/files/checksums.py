@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from byrote.tables.files.headers import BYTES, check_fields, parse_object, read_header
+from byrote.tables.log.disk import naming
 
 FORMAT_VERSION, ALGORITHM, DIGEST_BYTES = 1, "blake2b-16", 16
 BLOCK_BYTES = 1 << 20
@@ -58,7 +59,8 @@ def write_sums(path: Path, report: Report = lambda done, total: None) -> Path:
         "blocks": list(_digests(path, path.stat().st_size, BLOCK_BYTES, report)),
     }
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(json.dumps(content) + "\n", "utf-8")
+    with naming(target):
+        temporary.write_text(json.dumps(content) + "\n", "utf-8")
     os.replace(temporary, target)
     return target
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from byrote.tables.codecs import CODECS
 from byrote.tables.files.checksums import discard
 from byrote.tables.files.headers import check_fields, parse_object, read_header
+from byrote.tables.log.disk import naming
 from byrote.tables.table import UNKNOWN, RowState, check_row_ids
 
 FORMAT_VERSION = 1
@@ -149,7 +150,7 @@ def stream(path: Path, arrays: Mapping[str, Pieces], header: dict[str, Any]) -> 
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with naming(path), open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, pieces in arrays.values():
             for piece in pieces():

@@ -4,6 +4,7 @@
     write_all(file, data, at)      bytes of an open file
     sync_file(file)                the bytes stay
     sync_folder(folder)            names in it, new or deleted, stay
+    naming(path)                   a write that fails says where: a full disk names no file of itself
     lock(path)                     flocked by who holds the open file that it returns, until that is closed or gone
 
 What is not synced may be lost, in part and in any order, by a crash of the machine; not by one of the process.
@@ -11,10 +12,12 @@ What is not synced may be lost, in part and in any order, by a crash of the mach
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +28,9 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        write_all(file, json.dumps(content).encode(), 0)
-        os.fsync(file)
+        with naming(path):
+            write_all(file, json.dumps(content).encode(), 0)
+            os.fsync(file)
     finally:
         os.close(file)
     os.replace(temporary, path)
@@ -53,6 +57,21 @@ def write_all(file: int, data: bytes, at: int) -> None:
     while view:
         done = os.pwrite(file, view, at)
         view, at = view[done:], at + done
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around what writes `path`: an OSError, or what safetensors and tokenizers make of one, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        if "os error" not in str(error):  # as Rust says it
+            raise
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def sync_file(file: int) -> None:

@@ -82,7 +82,7 @@ def _unpack(
 def decode(records: Tensor, ids: Tensor, codec: Codec, width: int) -> Tensor:
     check_records(records, ids, codec.record_bytes(width))
     (num_rows, size), count = records.shape, ids.numel()
-    out = torch.empty(count, width, device=ids.device)
+    out = torch.empty(count, width, dtype=torch.float32, device=ids.device)
     if not count:
         return out
     if codec.dtype.is_floating_point:

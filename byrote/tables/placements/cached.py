@@ -65,7 +65,7 @@ class CachedTable(Table):
     def read(self, rows: Tensor) -> Tensor:
         ids = rows.cpu().reshape(-1).contiguous()
         check_row_ids(ids, self.base.num_rows)
-        values = torch.empty(len(ids), self.base.width)
+        values = torch.empty(len(ids), self.base.width, dtype=torch.float32)
         with self._lock:
             found = self.places.find(ids.numpy())
             self._reads += len(ids)

@@ -73,7 +73,12 @@ class FileTable(Table):
         if beside is not None and beside.num_rows != rows.num_rows:
             raise ValueError(f"{path}: {values} holds {rows.num_rows} rows, {scales} {beside.num_rows}")
         width = rows.row_shape[0]
-        form = Form(rows.dtype, width) if beside is None else Form(rows.dtype, width, beside.dtype, *beside.row_shape)
+        try:
+            form = (
+                Form(rows.dtype, width) if beside is None else Form(rows.dtype, width, beside.dtype, *beside.row_shape)
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {values}: {error}") from None
         return cls(path, rows, width=width, codec=form.codec or "fp32", digest=digest, scales=beside, form=form)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FileTable:
@@ -89,7 +94,7 @@ class FileTable(Table):
         else:
             values = _empty(len(ids), self.width)
             for records, places, where in self._values.batches(ids):
-                part = values if where is None else torch.empty(len(where), self.width)
+                part = values if where is None else torch.empty(len(where), self.width, dtype=torch.float32)
                 decode(records, places, self._codec, part)
                 if where is not None:
                     values[where] = part
@@ -120,7 +125,10 @@ class FileTable(Table):
     def read_state(self, rows: Tensor, fields: StateFields) -> RowState:
         """Zeros: a file of rows has no rule state."""
         check_row_ids(rows, self.num_rows)
-        return {name: torch.zeros(rows.numel(), *shape, device=rows.device) for name, shape in fields.items()}
+        return {
+            name: torch.zeros(rows.numel(), *shape, dtype=torch.float32, device=rows.device)
+            for name, shape in fields.items()
+        }
 
     def write(self, rows: Tensor, values: Tensor, state: RowState | None = None) -> None:
         self.refuse()

@@ -115,7 +115,7 @@ class LoggedTable(Table):
         logged, rest = (torch.from_numpy(np.flatnonzero(which)) for which in (found, ~found))
         if not len(logged):
             return self.base.read(rows)
-        values = torch.empty(len(flat), self.width)
+        values = torch.empty(len(flat), self.width, dtype=torch.float32)
         values[logged] = self.record.values(records[found])
         if len(rest):
             values[rest] = self.base.read(flat[rest])

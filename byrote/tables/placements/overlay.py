@@ -70,7 +70,7 @@ class OverlayTable(Table):
         covered = places >= 0
         if not covered.any():
             return self.base.read(rows)
-        values = torch.empty(len(flat), self.width)
+        values = torch.empty(len(flat), self.width, dtype=torch.float32)
         values[~covered] = self.base.read(flat[~covered])
         values[covered] = self.top.read(places[covered])
         return values.view(*rows.shape, self.width).to(rows.device)
@@ -82,7 +82,7 @@ class OverlayTable(Table):
         places = self.top.find(rows)
         places[places >= len(self._trained)] = -1  # those that came since state was last written
         found = (places >= 0) & self._trained[places] if len(self._trained) else places >= 0
-        state = {name: torch.zeros(len(rows), *shape) for name, shape in fields.items()}
+        state = {name: torch.zeros(len(rows), *shape, dtype=torch.float32) for name, shape in fields.items()}
         if found.any():
             for name, value in state.items():
                 value[found] = self._state[name][places[found]]
@@ -102,7 +102,7 @@ class OverlayTable(Table):
 
     def _put_state(self, places: Tensor, state: RowState) -> None:
         for name, value in state.items():
-            array = self._state.get(name, torch.zeros(0, *value.shape[1:]))
+            array = self._state.get(name, torch.zeros(0, *value.shape[1:], dtype=torch.float32))
             self._state[name] = grown(array, len(self.top)).index_copy_(0, places, value.to("cpu", torch.float32))
         self._trained = grown(self._trained, len(self.top)).index_fill_(0, places, True)
 

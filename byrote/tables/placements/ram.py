@@ -93,7 +93,9 @@ class RamTable(Table):
         generator = torch.Generator().manual_seed(self._seed)
         for at in range(0, self.num_rows, DRAWN):
             size = min(DRAWN, self.num_rows - at)
-            values = torch.empty(size, self.width, device="cpu").normal_(0.0, self._std, generator=generator)
+            values = torch.empty(size, self.width, dtype=torch.float32, device="cpu").normal_(
+                0.0, self._std, generator=generator
+            )
             yield self._codec.encode(values, generator).view(self._codec.dtype)
 
     def records(self, begin: int, end: int) -> Tensor:
@@ -109,7 +111,7 @@ class RamTable(Table):
         here = rows.cpu()  # first of all, so that a device is waited for once
         check_row_ids(here, self.num_rows)
         ids = here.reshape(-1).contiguous()
-        values = torch.empty(len(ids), self.width, device="cpu")
+        values = torch.empty(len(ids), self.width, dtype=torch.float32, device="cpu")
         decode(self._records, ids, self._codec, values)
         return values.view(*rows.shape, self.width).to(rows.device, non_blocking=True)
 

@@ -55,7 +55,7 @@ class SparseRows:
 
     def read(self, places: Tensor) -> Tensor:
         """Values [N, W] float32 of places [N]."""
-        return decode(self._records, places, self._codec, torch.empty(len(places), self.width))
+        return decode(self._records, places, self._codec, torch.empty(len(places), self.width, dtype=torch.float32))
 
     def write(self, rows: Tensor, values: Tensor) -> Tensor:
         """Store values [N, W] of unique row ids [N]; the place of each."""

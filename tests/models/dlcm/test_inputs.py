@@ -97,11 +97,11 @@ def test_a_cache_of_another_model(ids, other):
 
 def test_embeddings_in_place_of_the_embedding(model, ids):
     embeddings = model.get_input_embeddings()(ids)
+    if model.memory_stack is not None:
+        with pytest.raises(ValueError, match="input_ids is missing: a memory is addressed by token ids"):
+            model(inputs_embeds=embeddings)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         if model.memory_stack is None:
             assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
-        else:
-            with pytest.raises(ValueError, match="input_ids is missing"):
-                model(inputs_embeds=embeddings)
         assert torch.equal(model(input_ids=ids, inputs_embeds=embeddings).logits, expected)

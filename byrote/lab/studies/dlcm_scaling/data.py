@@ -80,13 +80,13 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: runs are read from .csv (with a header) or .json (a list of objects)")
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, skipinitialspace=True))
     try:
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file, skipinitialspace=True))
         content = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not {'CSV' if path.suffix == '.csv' else 'JSON'}: {error}") from None
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise ValueError(f'{path}: give a list of objects, [{{"N": ..., "D": ..., "R": ..., "P": ..., "loss": ...}}]')
     return content

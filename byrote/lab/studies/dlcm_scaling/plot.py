@@ -10,6 +10,7 @@ import numpy as np
 from byrote.lab.studies.dlcm_scaling.decay import DecayFit
 from byrote.lab.studies.dlcm_scaling.fit import LawFit
 from byrote.lab.studies.dlcm_scaling.law import size_at
+from byrote.tables.log.disk import naming
 
 
 def plot_scaling(law: LawFit | None, decay: DecayFit | None, cost: float, path: Path) -> None:
@@ -27,8 +28,9 @@ def plot_scaling(law: LawFit | None, decay: DecayFit | None, cost: float, path: 
     for panel in panels:
         panel.grid(True, alpha=0.25)
         panel.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def _law(fit: LawFit, cost: float, panels: list[Any]) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from byrote.tables.log.disk import naming
+
 Batches = Callable[[int], Mapping[str, Any]]  # step -> arguments of the forward, which returns a `.loss`
 Make = Callable[[int], tuple[nn.Module, Batches]]  # width -> a new model, its batches
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -99,5 +101,6 @@ def plot_coordinates(checks: Mapping[str, Coordinates], path: Path) -> None:
             panel.tick_params(labelsize=7, which="both")
             panel.grid(True, alpha=0.25)
         row[0].set_ylabel("root mean square")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)

@@ -4,10 +4,11 @@
 
 `key.path=value` overrides one key, with a TOML value: model.hidden_size=96 data.corpus="prose"
 train.steps=200. Python's True, False and None are read too; any other bare word is a string. All fields are checked
-when a recipe is read, those of the model against the types that its config declares (byrote.train.fields).
+when a recipe is read, those of the model against the types that its config declares (byrote.train.recipe.fields).
 """
 
 import dataclasses
+import inspect
 import json
 import sys
 import tomllib
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from byrote.data.prepare import Options
-from byrote.train.fields import check_names, check_value, parse
+from byrote.train.recipe.fields import check_names, check_value, parse
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+MOST_THREADS = 1024  # with tens of thousands torch ends in a segmentation fault
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class DataRecipe:
     tokenizer: str = ""  # a tokenizer folder to use instead of training one
     validation: float = 0.09  # share of the documents
     text_field: str = "text"
+    clean: bool = True  # close up blanks and drop repeated lines of prose; byrote.data.documents says how
     length: int = 256  # tokens in a row
 
     def __post_init__(self) -> None:
@@ -48,7 +52,7 @@ class DataRecipe:
 
     @property
     def options(self) -> Options:
-        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field)
+        return Options(self.corpus, self.vocab_size, self.tokenizer, self.validation, self.text_field, self.clean)
 
 
 LARGEST = sys.float_info.max
@@ -177,7 +181,10 @@ class Recipe:
         return {"model": {"preset": self.model.preset, **self.model.overrides}, **content}
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        path.write_text(self.to_json(), "utf-8")
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
 _SECTIONS: dict[str, Any] = {"data": DataRecipe, "train": TrainRecipe}
@@ -190,8 +197,12 @@ def model_fields(preset: str) -> dict[str, Any]:
     from byrote.models.families import config_class
 
     kind = config_class(preset)
-    types = typing.get_type_hints(kind)
-    return {name: types[name] for name in kind.own_fields() if name not in ("address", "vocab_size")}
+    wanted: dict[str, Any] = {}
+    for part in reversed(kind.__mro__):  # not those of transformers: it has words that no model of ours reads
+        if part.__module__.startswith("byrote."):
+            wanted |= inspect.get_annotations(part, eval_str=True)
+    names = [each.name for each in dataclasses.fields(kind) if each.name not in ("address", "vocab_size")]
+    return {name: wanted[name] for name in names if name in wanted}
 
 
 def _model(content: dict[str, Any]) -> ModelRecipe:
@@ -229,10 +240,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = file.read_text("utf-8")
         content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a recipe: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a recipe: it holds no sections")
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"{file} is not a recipe: it has sections [model], [data] and [train], and nothing beside")
     return content
 
 
