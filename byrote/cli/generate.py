@@ -9,11 +9,15 @@ import typer
 
 
 class Draft(StrEnum):
+    """Who drafts tokens ahead: nobody, or the prediction modules."""
+
     none = "none"
     mtp = "mtp"
 
 
 class Placement(StrEnum):
+    """Where the rows of the tables live."""
+
     host = "host"
     device = "device"
     file = "file"

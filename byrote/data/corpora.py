@@ -17,6 +17,10 @@ from byrote.data.factbook import factbook_documents
 
 @dataclass(frozen=True)
 class Corpus:
+    """A corpus that can be had by name: what it is, where it comes from, the licence of its text, about how large it
+    is.
+    """
+
     about: str
     source: str
     licence: str

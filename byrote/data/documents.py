@@ -27,6 +27,8 @@ PIECE = 20_000  # characters
 
 
 class Document(NamedTuple):
+    """One document of a corpus: a name that says where it comes from, and its text."""
+
     name: str
     text: str
 

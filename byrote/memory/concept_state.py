@@ -43,6 +43,8 @@ class ConceptRecord:
 
 
 class ConceptState(MemoryState):
+    """The decode state of a model with concepts: `MemoryState`, and the slots of each row's concepts (see above)."""
+
     def __init__(self, fields: Mapping[str, Field]) -> None:
         super().__init__(fields)
         self.reset()

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from byrote.memory.identity import change_of
-from byrote.memory.stack import Memory, alive
+from byrote.memory.memory import Memory, alive
 from byrote.tables.rules import LazyAdam, RowRule, RowSGD
 
 # Their rate is not the length of a step, or they try several steps in one.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from byrote.memory.stack import Memory, MemoryStack
+from byrote.memory import Memory, MemoryStack
 from byrote.nn.engram import Engram
 from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.moe import Experts

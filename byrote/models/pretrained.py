@@ -6,7 +6,6 @@ Tables are not parameters: `save_pretrained` and `from_pretrained` write and ope
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -19,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import cached_file
 
 from byrote.memory import Memory, MemoryStack
-from byrote.memory.stack import NO_GENERATION
+from byrote.memory.memory import NO_GENERATION
 from byrote.models.configuration import MemoryConfig
+from byrote.models.folder import base_of_adapter, check_folder, remove_weights, resolve
 from byrote.models.hf import saves_adapter
 from byrote.models.initialization import initialize
 from byrote.models.words import nearest
@@ -32,15 +31,15 @@ from byrote.nn.hyper import GatedExit, HyperConnection, ManifoldConnection
 from byrote.nn.router import Router
 from byrote.tables import Table
 from byrote.tables.files.checksums import write_sums
-from byrote.tables.files.headers import check_weights, parse_object
 from byrote.tables.placements.open import POINTER, cached, check_placement, move, open_table
 
 # What is computed in float32 whatever the rest is in, and loses what it was trained to in half precision.
 EXACT = (HyperConnection, ManifoldConnection, GatedExit, BoundaryHead)
-MEMORY_BUFFERS = (".generation", ".vocabulary")
 
 
 class MemoryPreTrainedModel(PreTrainedModel):
+    """A model that may hold memories: its tables are saved and opened with it, and are no part of `state_dict`."""
+
     config: MemoryConfig  # type: ignore[assignment]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -136,7 +135,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
         config = aside / "config.json"
         if config.exists():  # else an adapter is saved alone
             (folder / config.name).unlink(missing_ok=True)
-            _remove_weights(folder, kwargs.get("variant"))
+            remove_weights(folder, kwargs.get("variant"))
         for file in aside.iterdir():
             if file != config:
                 os.replace(file, folder / file.name)
@@ -194,8 +193,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
         for word in kwargs:
             if word not in fields and (near := nearest(word, fields, cutoff=0.7)):
                 raise ValueError(f"{word} is no field of the config: did you mean {near}?")
-        whole = _base_of_adapter(name) or name  # transformers opens that and puts the adapter on it
-        _check_folder(whole, kwargs)
+        whole = base_of_adapter(name) or name  # transformers opens that and puts the adapter on it
+        check_folder(whole, kwargs)
         told = kwargs.pop("output_loading_info", False)
         model: Any
         info: Any
@@ -214,7 +213,7 @@ class MemoryPreTrainedModel(PreTrainedModel):
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in kwargs
         }
-        tables = move(model._opened(lambda file: _resolve(whole, file, hub), placement), placement)
+        tables = move(model._opened(lambda file: resolve(whole, file, hub), placement), placement)
         model._put(tables if cache is None or not tables else cached(tables, cache))
         return (model, info) if told else model
 
@@ -272,39 +271,3 @@ def _align(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
-
-
-def _remove_weights(folder: Path, variant: str | None) -> None:
-    """Weights of an earlier save, in one file or in shards, which would be read beside those that come."""
-    variant = f".{re.escape(variant)}" if variant else ""
-    ours = re.compile(rf"model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{variant}\.json")
-    for file in folder.iterdir():
-        if ours.fullmatch(file.name):
-            file.unlink()
-
-
-def _check_folder(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-    """ValueError that names the file of a saved folder that is absent or damaged."""
-    if not os.path.isdir(name):
-        return
-    if "config" not in kwargs:
-        config = _resolve(name, "config.json", kwargs)
-        if not config.is_file():  # transformers would go on with the default config
-            raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
-        parse_object(config.read_bytes(), str(config))
-    check_weights(_resolve(name, "", kwargs))
-
-
-def _base_of_adapter(name: str | os.PathLike[str]) -> str | None:
-    """What the adapter in a folder was trained on; None where the folder holds a model, or is none."""
-    adapter = Path(name, "adapter_config.json")
-    if not adapter.is_file() or Path(name, "config.json").is_file():
-        return None
-    return parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
-
-
-def _resolve(name: str | os.PathLike[str], file: str, hub: dict[str, Any]) -> Path:
-    """`file` of a folder, or of a repository on the hub."""
-    if os.path.isdir(name):
-        return Path(name, hub.get("subfolder") or "", file)
-    return Path(str(cached_file(str(name), file, **hub)))

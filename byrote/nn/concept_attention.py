@@ -92,6 +92,10 @@ class Places:
 
 
 class ConceptAttention(nn.Module):
+    """Attention of T tokens over the concepts before them: hidden [B, T, d], concepts [B, S, D] -> [B, T, d] (see
+    above).
+    """
+
     def __init__(
         self,
         hidden_size: int,

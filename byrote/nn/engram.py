@@ -59,6 +59,10 @@ class Gate(nn.Module):
 
 
 class Engram(nn.Module):
+    """The layer: streams [B, T, n, d] and the rows of each token [B, T, d_mem] -> an addend a stream [B, T, n, d] (see
+    above).
+    """
+
     def __init__(
         self,
         hidden_size: int,

@@ -28,6 +28,8 @@ FEW = 16
 
 
 class GroupedQueryAttention(nn.Module):
+    """x [B, T, d] -> [B, T, d]; ValueError unless the key heads divide the query heads and the head width is even."""
+
     def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
         super().__init__()
         if num_key_value_heads < 1 or num_heads % num_key_value_heads:

@@ -104,6 +104,8 @@ class _Connection(nn.Module):
 
 
 class HyperConnection(_Connection):
+    """Static and dynamic coefficients without a constraint (2409.19606, dynamic form): one sublayer of n streams."""
+
     def __init__(self, hidden_size: int, num_streams: int, sublayer: int = 0, *, norm_eps: float = 1e-6) -> None:
         super().__init__((num_streams + 2, hidden_size), num_streams, sublayer, norm_eps)
 
@@ -126,6 +128,8 @@ class HyperConnection(_Connection):
 
 
 class ManifoldConnection(_Connection):
+    """mHC (2512.24880): the mix of the streams is doubly stochastic, by Sinkhorn, in one of two conventions."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -173,6 +177,8 @@ class ManifoldConnection(_Connection):
 
 
 class MeanExit(nn.Module):
+    """The mean over the streams: [B, T, n, d] -> [B, T, d]."""
+
     def forward(self, streams: Tensor) -> Tensor:
         return streams.squeeze(2) if streams.shape[2] == 1 else streams.mean(dim=2)
 

@@ -37,6 +37,10 @@ from byrote.ops.steps import Cache, latent_attention
 
 
 class MLA(nn.Module):
+    """Latent attention, x [B, T, d] -> [B, T, d]; ValueError where a width is not positive or the rotary one odd (see
+    above).
+    """
+
     def __init__(
         self,
         hidden_size: int,

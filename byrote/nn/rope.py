@@ -32,6 +32,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Yarn:
+    """YaRN for a context `factor` times as long (2309.00071). ValueError where it would shorten or invert anything."""
+
     factor: float  # s: how many times longer the context becomes
     original_length: int  # L: the length that the model was trained on
     beta_fast: float = 32.0  # waves that turn more often than this within L keep their frequency

@@ -36,6 +36,10 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
+    """Chooses top_k of E experts for each token: x [N, d] -> ids [N, k] and gates [N, k], with the load-free bias (see
+    above).
+    """
+
     selection_bias: Tensor
 
     def __init__(

@@ -66,6 +66,8 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Float32:
+    """float32 as it is: 4 W bytes."""
+
     name: str = "fp32"
     dtype: torch.dtype = torch.float32
 
@@ -85,6 +87,8 @@ class Float32:
 
 @dataclass(frozen=True)
 class BFloat16:
+    """bfloat16, rounded to the nearest or, `stochastic`, by chance: 2 W bytes. Beyond its range it saturates."""
+
     name: str = "bf16"
     dtype: torch.dtype = torch.bfloat16
     stochastic: bool = False
@@ -113,6 +117,8 @@ class BFloat16:
 
 @dataclass(frozen=True)
 class Float8:
+    """float8 e4m3 with one power-of-two scale for each 128 values: W + ceil(W / 128) bytes. It saturates."""
+
     name: str = "fp8"
     dtype: torch.dtype = torch.uint8
 

@@ -22,6 +22,8 @@ from byrote.tables.rules import CPU, RowState, StateFields
 
 
 class TouchedState:
+    """Rule state of at most `num_rows` rows on `device`: float32 arrays that grow with the rows touched (see above)."""
+
     def __init__(self, num_rows: int, device: torch.device = CPU) -> None:
         self.num_rows, self.device = num_rows, device
         self.count = 0  # of touched rows

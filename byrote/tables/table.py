@@ -38,6 +38,8 @@ UNKNOWN = 0  # identity of a table or a backbone that was saved without one
 
 
 class Follower(Protocol):
+    """Who must see rows before they change."""
+
     def keep(self, rows: Tensor) -> None:
         """Rows [U] of the table that is followed are about to change."""
         ...

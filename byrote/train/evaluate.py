@@ -30,6 +30,8 @@ class Validation:
 
 @dataclass(frozen=True)
 class Score:
+    """What an evaluation finds."""
+
     loss: float  # nats per token
     bits_per_byte: float | None  # None where only a part was evaluated
     tokens: int

@@ -19,6 +19,8 @@ from byrote.train.folder import replace_text
 
 
 class Metrics:
+    """Appends records to metrics.jsonl, from a step on: a resumed run writes no step twice."""
+
     def __init__(self, path: Path, step: int = 0, last: bool = False):
         """Continue at `step`: what an interrupted run wrote after its checkpoint is dropped.
 

@@ -33,6 +33,8 @@ Place = tuple[str, float]  # group, s
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
+    """Multiples of the rate for parameters whose width is that of tokens, of concepts, or of neither (see above)."""
+
     token: float = 1.0
     concept: float = 1.0
     others: float = 1.0

@@ -48,6 +48,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Result:
+    """What a run ends with."""
+
     score: Score
     tokens: int
     seconds: float  # of training steps: evaluation and saving are not in it

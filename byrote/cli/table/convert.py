@@ -11,6 +11,8 @@ from byrote.cli.output import progress, terminal
 
 
 class Codec(StrEnum):
+    """How a row is stored (`byrote.tables.codecs`)."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     fp8 = "fp8"

@@ -37,6 +37,10 @@ EXTREMES = 5
 
 @dataclass(frozen=True, eq=False)
 class GateTrace:
+    """The gates of one text: `gates` float32 [layers, tokens, streams] in [0, 1]. ValueError where the shapes
+    disagree.
+    """
+
     tokens: list[str]
     gates: np.ndarray
     layer_ids: list[int]

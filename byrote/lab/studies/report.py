@@ -22,6 +22,8 @@ Results = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> what the ru
 
 @dataclass(frozen=True)
 class Row:
+    """One variant in the table of a study: its losses over seeds, and their paired differences to the baseline."""
+
     variant: Variant
     loss: Summary
     difference: Summary | None

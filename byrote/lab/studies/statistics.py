@@ -20,6 +20,8 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Summary:
+    """Mean and standard deviation of n values, with half the width of the interval of the mean (Student's t)."""
+
     n: int
     mean: float
     sd: float

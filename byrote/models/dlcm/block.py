@@ -38,6 +38,10 @@ class TokenBlock(Block):
 
 
 class ConceptBlock(Block):
+    """A block of the concept transformer: attention of its own widths, then experts or a dense layer, without a
+    memory.
+    """
+
     def __init__(self, config: DLCMConfig, layer_id: int) -> None:
         size, rank = config.concept_size, config.kv_lora_rank
         super().__init__(

@@ -30,6 +30,10 @@ from byrote.nn.concept_attention import KERNELS, WEIGHTINGS
 
 
 class DLCMConfig(MemoryConfig):
+    """Fields of a DLCM; ValueError where one is out of range or two disagree. See above, and `MemoryConfig` for
+    memories.
+    """
+
     model_type = "byrote_dlcm"
     presets = PRESETS
 

@@ -25,6 +25,8 @@ OTHERS = (".memory.", "_connection.", ".exit.")
 
 
 class DLCMPreTrainedModel(MemoryPreTrainedModel):
+    """What both DLCM classes share: what stays in float32, muP, and the rows that a table is read for."""
+
     config_class = DLCMConfig
     config: DLCMConfig
     _no_split_modules = ["TokenBlock", "ConceptBlock"]  # noqa: RUF012

@@ -41,6 +41,8 @@ class ConceptOutput(NamedTuple):
 
 
 class ConceptStage(nn.Module):
+    """From the encoder's states [B, T, d] to what the decoder adds to them [B, T, d], over the concepts in between."""
+
     def __init__(self, config: DLCMConfig) -> None:
         super().__init__()
         self.config = config

@@ -15,6 +15,8 @@ from byrote.nn.rope import yarn_softmax_scale
 
 
 class EngramBlock(Block):
+    """Block `layer_id` of a config: a memory if the config names the block, MLA, experts (see above)."""
+
     def __init__(self, config: EngramConfig, layer_id: int) -> None:
         single = layer_id in config.memory_layers and config.memory_fusion == "single"
         super().__init__(

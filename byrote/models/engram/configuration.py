@@ -18,6 +18,10 @@ from byrote.nn.rope import Yarn
 
 
 class EngramConfig(MemoryConfig):
+    """Fields of an Engram model; ValueError where one is out of range or two disagree. `from_preset` gives named
+    shapes.
+    """
+
     model_type = "byrote_engram"
     presets = PRESETS
 

@@ -58,6 +58,8 @@ class DirtyRows:
 
 
 class LiveRecords:
+    """Of each changed row the place of its record, int64; of each segment how many of its records still hold."""
+
     def __init__(self) -> None:
         self._places = RowMap()
         self.alive: Counter[int] = Counter()  # by segment, records that a row points to

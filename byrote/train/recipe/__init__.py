@@ -28,12 +28,16 @@ MOST_THREADS = 1024  # with tens of thousands torch ends in a segmentation fault
 
 @dataclass(frozen=True)
 class ModelRecipe:
+    """The section [model]: a preset and the fields of its config that differ."""
+
     preset: str = "nano"
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataRecipe:
+    """The section [data]: which text, and how it is cut. ValueError names the field that cannot be."""
+
     corpus: str = "factbook"  # a name of `byrote data`, files:PATTERN or hf:NAME
     folder: str = ""  # where the prepared corpus lies; data/NAME unless given
     vocab_size: int = 8192
@@ -74,6 +78,8 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainRecipe:
+    """The section [train]: everything about a run but model and text. ValueError names the field that cannot be."""
+
     steps: int = 1000
     batch_size: int = 16  # rows in one optimizer step, over all processes
     micro_batch_size: int = 0  # rows in one forward; 0: all that a process holds
@@ -152,6 +158,8 @@ class TrainRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A run as data: three sections, read from TOML or from a run folder, with overrides. Unknown keys are errors."""
+
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)

@@ -21,6 +21,8 @@ NAMES = ("k", "a", "b", "c")
 
 @dataclass(frozen=True, eq=False)
 class DecayFit:
+    """A fit of `Decay` to runs: the law, 95 % intervals of its four numbers, and the share of variance it explains."""
+
     runs: Decays
     decay: Decay
     intervals: dict[str, tuple[float, float]]

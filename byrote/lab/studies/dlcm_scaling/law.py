@@ -40,6 +40,8 @@ REACH = 40.0  # the root is sought where |log(P / (1 - P))| is at most this
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
+    """The scaling law of DLCM with its eleven constants (arXiv 2512.24617, Eq. 22): loss of N, R, P and D."""
+
     e0: float
     a_token: float
     t_token: float
@@ -99,6 +101,8 @@ MADE_UP = Law(
 
 @dataclass(frozen=True, kw_only=True)
 class Decay:
+    """What decaying the rate gains, k L^a R^b N^c as a share of the loss (arXiv 2512.24617, Eq. 23)."""
+
     k: float
     a: float
     b: float

@@ -41,6 +41,10 @@ HEAD = 16  # of attention
 
 @dataclass(frozen=True)
 class Options:
+    """What the check runs: narrowest width, rate, steps, seed, and the batches of random tokens. ValueError on odd
+    widths.
+    """
+
     base: int = 64
     rate: float = 5e-3
     steps: int = 10

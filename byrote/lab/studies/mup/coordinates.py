@@ -27,6 +27,8 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
+    """Root mean squares of activations, float64 [widths, steps, stages]."""
+
     widths: list[int]
     stages: list[str]
     rms: np.ndarray

@@ -26,6 +26,8 @@ MakeOptimizer = Callable[[nn.Module, float], torch.optim.Optimizer]  # model, ra
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
+    """Final losses of a sweep, float64 [widths, rates]."""
+
     widths: list[int]
     rates: list[float]
     losses: np.ndarray
