@@ -36,9 +36,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Chooses top_k of E experts for each token: x [N, d] -> ids [N, k] and gates [N, k], with the load-free bias (see
-    above).
-    """
+    """Chooses top_k of E experts for each token: x [..., d] -> ids and gates [..., k], scores [..., E] (see above)."""
 
     selection_bias: Tensor
 

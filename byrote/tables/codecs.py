@@ -117,7 +117,7 @@ class BFloat16:
 
 @dataclass(frozen=True)
 class Float8:
-    """float8 e4m3 with one power-of-two scale for each 128 values: W + ceil(W / 128) bytes. It saturates."""
+    """float8 e4m3 with one power-of-two scale for each 32 values: W + ceil(W / 32) bytes. It saturates."""
 
     name: str = "fp8"
     dtype: torch.dtype = torch.uint8

@@ -49,13 +49,13 @@ def decode(records: Tensor, ids: Tensor, codec: Codec, out: Tensor) -> Tensor:
             f"records of {records.shape[1]} bytes hold no row of {width} values in {codec.name}, "
             f"which takes {codec.record_bytes(width)}: give the width and the codec that they were written with"
         )
-    if not numba_is_there():
-        return decode_twin(records, ids, codec, out)
     place = records.data_ptr(), records.shape[1], ids.data_ptr(), len(ids), out.data_ptr()
+    if not numba_is_there() or codec.name not in _loops().DECODE:
+        return decode_twin(records, ids, codec, out)
     if codec.name == "fp32":
         _loops().gather(*place)
     else:
-        getattr(_loops(), f"gather_{codec.name.removesuffix('-stochastic')}")(*place, width)
+        _loops().DECODE[codec.name](*place, width)
     return out
 
 

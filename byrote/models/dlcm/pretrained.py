@@ -25,7 +25,7 @@ OTHERS = (".memory.", "_connection.", ".exit.")
 
 
 class DLCMPreTrainedModel(MemoryPreTrainedModel):
-    """What both DLCM classes share: what stays in float32, muP, and the rows that a table is read for."""
+    """What both DLCM classes share: how weights start, and the widths that muP scales them by."""
 
     config_class = DLCMConfig
     config: DLCMConfig

@@ -41,7 +41,7 @@ class ConceptOutput(NamedTuple):
 
 
 class ConceptStage(nn.Module):
-    """From the encoder's states [B, T, d] to what the decoder adds to them [B, T, d], over the concepts in between."""
+    """Encoder states [B, T, d] -> what the decoder reads of the concepts [B, T, d], with boundaries (see above)."""
 
     def __init__(self, config: DLCMConfig) -> None:
         super().__init__()

@@ -126,6 +126,10 @@ def gather_int4(records, size, ids, count, out, width):
             int4_1(destination + 4 * pairs, source + pairs // 2, scale)
 
 
+DECODE = {"fp32": gather, "bf16": gather_bf16, "bf16-stochastic": gather_bf16}
+DECODE |= {"fp8": gather_fp8, "int8": gather_int8, "int4": gather_int4}
+
+
 @compiled
 def sum_runs(values, order, ends, count, width, out, nonzero):
     """out[i] = sum of values[order[j]] for ends[i - 1] <= j < ends[i], in that order, from 0; whether it is not 0."""

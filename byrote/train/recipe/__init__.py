@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from byrote.data.prepare import Options
+from byrote.tables.placements.open import PLACEMENTS
+from byrote.tables.rules import RULES
 from byrote.train.recipe.fields import check_names, check_value, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -68,11 +70,11 @@ RANGES |= dict.fromkeys(("final_rate", "read_ahead", "max_seconds", "sample_toke
 RANGES |= {"decay": (0, 1), "threads": (0, 1024), "seed": (0, 2**63 - 1)}
 CHOICES = {
     "optimizer": ("adamw", "muon"),
-    "row_rule": ("adam", "adagrad", "sinkhorn"),
+    "row_rule": tuple(RULES),
     "muon_coefficients": ("hybrid", "jordan"),
     "schedule": ("cosine", "constant", "step", "wsd"),
     "precision": ("float32", "bfloat16"),
-    "placement": ("host", "pinned", "device", "file", "sharded"),
+    "placement": tuple(PLACEMENTS),
 }
 
 
@@ -132,7 +134,7 @@ class TrainRecipe:
             raise ValueError(f"train.betas is {self.betas}; each is at least 0 and below 1, such as [0.9, 0.95]")
         if self.epsilon <= 0:
             raise ValueError(f"train.epsilon is {self.epsilon}; it must be above 0, such as 1e-8")
-        if self.placement == "sharded" and self.row_rule == "sinkhorn":
+        if self.placement == "sharded" and not RULES[self.row_rule].alone:
             raise ValueError(
                 'train.row_rule is "sinkhorn", which balances rows with one another: under train.placement "sharded" '
                 'a process has its own rows only; use "adam" or "adagrad"'
