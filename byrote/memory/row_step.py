@@ -148,7 +148,8 @@ def _move_rows(optimizer: torch.optim.Optimizer) -> None:
     with torch.no_grad():
         for memory in rules:
             memory.lookup.pending.drop()
-            memory.anchor.grad = None
+            assert memory.anchor.grad is not None
+            memory.anchor.grad.zero_()  # of the step, and there as any parameter's
             memory.anchor.zero_()  # a closure's step has seen the mark
 
 

@@ -42,15 +42,21 @@ class MemoryStack(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        if vocabulary is not None:
-            spec.check_vocabulary(vocabulary)
-        self._known = vocabulary
+        self._known: np.ndarray | None = None
         self.register_buffer("vocabulary", self.known_vocabulary())
+        if vocabulary is not None:
+            self.know(vocabulary)
         self.memories = nn.ModuleDict(
             {str(layer.layer_id): Memory(make_table(layer.rows, layer.layer_id)) for layer in spec.layers}
         )
         self.is_checkpoint: Callable[[Path], bool] = nowhere  # of the training that goes on
         self._checked: tuple[int, int] | None = None
+
+    def know(self, vocabulary: np.ndarray) -> None:
+        """Take this map, int64 [V]; ValueError unless it is the one that the addresses were made for."""
+        self.spec.check_vocabulary(vocabulary)
+        self._known = vocabulary
+        self.vocabulary = self.known_vocabulary().to(self.vocabulary.device)
 
     def resize(self, vocab_size: int) -> None:
         """Know so many ids: each new one as a class of its own while the multipliers leave room, then in the last.
@@ -62,8 +68,8 @@ class MemoryStack(nn.Module):
         spec = self.spec.resized(vocabulary)
         for _, memory in self.items():
             memory.table.readdress(spec.digest)
-        self.spec, self._known = spec, vocabulary
-        self.vocabulary = torch.from_numpy(vocabulary.copy()).to(self.vocabulary.device)
+        self.spec = spec
+        self.know(vocabulary)
 
     def known_vocabulary(self) -> Tensor:
         """The map that this stack was made with, int64 [V]; UNSET where it is to come with the weights."""

@@ -7,23 +7,37 @@ and all, and begins with a new head.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 from byrote.models.dlcm.pretrained import DLCMPreTrainedModel
 from byrote.models.engram.modeling import EngramPreTrainedModel
 
 
-class EngramForSequenceClassification(GenericForSequenceClassification, EngramPreTrainedModel):
+class _Judge:
+    """`vocabulary`: the map of `byrote.address.compress(tokenizer)`, as for a language model."""
+
+    memory_stack: Any
+
+    def __init__(self, config: Any, vocabulary: np.ndarray | None = None) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        if vocabulary is not None and self.memory_stack is not None:
+            self.memory_stack.know(vocabulary)
+
+
+class EngramForSequenceClassification(_Judge, GenericForSequenceClassification, EngramPreTrainedModel):
     """logits [B, config.num_labels]; labels int64 [B], or float where `config.problem_type` says so."""
 
 
-class EngramForTokenClassification(GenericForTokenClassification, EngramPreTrainedModel):
+class EngramForTokenClassification(_Judge, GenericForTokenClassification, EngramPreTrainedModel):
     """logits [B, T, config.num_labels]; labels int64 [B, T], -100 where nothing is judged."""
 
 
-class DLCMForSequenceClassification(GenericForSequenceClassification, DLCMPreTrainedModel):
+class DLCMForSequenceClassification(_Judge, GenericForSequenceClassification, DLCMPreTrainedModel):
     """logits [B, config.num_labels]; labels int64 [B], or float where `config.problem_type` says so."""
 
 
-class DLCMForTokenClassification(GenericForTokenClassification, DLCMPreTrainedModel):
+class DLCMForTokenClassification(_Judge, GenericForTokenClassification, DLCMPreTrainedModel):
     """logits [B, T, config.num_labels]; labels int64 [B, T], -100 where nothing is judged."""

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from byrote.address import CONTRACTS, AddressSpec
 from byrote.address.vocabulary import resize
-from byrote.models.words import OF_GENERATION, ROPE, SETTLED, check_word, is_known, nearest, rope_fields
+from byrote.models.words import EPSILONS, OF_GENERATION, ROPE, SETTLED, check_word, is_known, nearest, rope_fields
 from byrote.tables.codecs import CODECS
 
 # Annotations are objects here, and in the files of subclasses, because transformers reads them: no
@@ -99,7 +99,8 @@ class MemoryConfig(PreTrainedConfig):
 
     def _implied(self) -> dict[str, Any]:
         """Words of other families, and what follows for them from our fields."""
-        return {"n_shared_experts": self.shared_expert_intermediate_size / max(1, self.moe_intermediate_size)}
+        shared = self.shared_expert_intermediate_size / max(1, self.moe_intermediate_size)
+        return {"n_shared_experts": shared, **dict.fromkeys(EPSILONS, self.rms_norm_eps)}
 
     def check(self, vocabulary: np.ndarray | None = None) -> None:
         """ValueError or TypeError where fields cannot be, or not together; derive the addresses if they are not there.

@@ -97,6 +97,10 @@ class MemoryPreTrainedModel(PreTrainedModel):
         """As transformers', and the addresses with it: new ids are classes of their own in the vocabulary map, and no
         row moves. Tables are to be in RAM.
         """
+        if pad_to_multiple_of is not None and not isinstance(
+            pad_to_multiple_of, int
+        ):  # transformers says what is wrong
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size, step = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
         size = -(-size // step) * step
         pad = self.config.memory_pad_token_id

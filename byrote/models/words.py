@@ -58,6 +58,8 @@ OF_TRANSFORMERS = {
     "transformers_weights",
     "use_return_dict",
 }
+# What other families call `rms_norm_eps`, of all of their norms.
+EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps")
 # Where the letters do not lead to the field.
 MEANT = {
     "aux_loss_alpha": "balance_loss_alpha",

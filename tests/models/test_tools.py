@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from byrote import EngramConfig
 from tests.models.conftest import VOCABULARY, logits, make
@@ -51,7 +51,7 @@ def test_a_config_has_no_code_beside_it(tmp_path):
     assert "auto_map" not in (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
 def test_the_vocabulary_map_goes_through_from_config(auto, ids, folded):
     config = EngramConfig.from_preset("nano", vocabulary=folded, memory_layers=[1])
     with torch.no_grad():
