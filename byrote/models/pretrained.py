@@ -133,7 +133,8 @@ class MemoryPreTrainedModel(PreTrainedModel):
             # transformers would go on with the default config.
             raise ValueError(f"{name} holds no config.json, which is written last: the save did not come to its end")
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for prefix, module in model.named_modules():
             if isinstance(module, Memory):
                 module.forget({key for key in ("generation", "identity") if f"{prefix}.{key}" in info["missing_keys"]})
