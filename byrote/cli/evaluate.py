@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from byrote.cli.output import terminal, write
 
 
 def evaluate(
@@ -19,18 +20,20 @@ def evaluate(
     from transformers.utils import logging
 
     from byrote.lab.studies.controls import CONTROLS
+    from byrote.tables.files.headers import parse_object
     from byrote.train.checkpoint import step_of
     from byrote.train.folder import checkpoint_of
     from byrote.train.recipe import Recipe
     from byrote.train.run import evaluate_checkpoint
 
     logging.disable_progress_bar()
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = terminal()
     if step_of(run) is not None and run.parent.name == "checkpoints":
         run, checkpoint = run.parent.parent, checkpoint or run.name
     found = checkpoint_of(run, checkpoint)
     # A run of `byrote lab run` may be of a model with something taken away.
-    cell = json.loads((run / "cell.json").read_text()) if (run / "cell.json").exists() else {}
+    path = run / "cell.json"
+    cell = parse_object(path.read_bytes(), str(path)) if path.exists() else {}
     control: Any = CONTROLS[cell["control"]] if cell.get("control") else lambda model: None
     score = evaluate_checkpoint(Recipe.load(run / "recipe.json"), found, console, device, control)
     console.print(
@@ -38,5 +41,4 @@ def evaluate(
         soft_wrap=True,
     )
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"checkpoint": found.name, **asdict(score)}, indent=2) + "\n")
+        write(json_file, json.dumps({"checkpoint": found.name, **asdict(score)}, indent=2) + "\n")

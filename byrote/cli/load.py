@@ -33,7 +33,9 @@ def load_model(folder: Path, placement: str = "host", cache: str | None = None) 
 
     logging.disable_progress_bar()
     found = model_folder(folder)
-    parse_object((found / "config.json").read_bytes(), str(found / "config.json"))
+    for path in (found / "config.json", found / "generation_config.json"):  # transformers passes over a damaged one
+        if path.exists():
+            parse_object(path.read_bytes(), str(path))
     check_weights(found)
     try:
         config = AutoConfig.from_pretrained(found)

@@ -55,9 +55,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from byrote import __version__
+        import byrote as package
 
-        typer.echo(__version__)
+        typer.echo(package.__version__)
         raise typer.Exit
 
 

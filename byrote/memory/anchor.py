@@ -29,8 +29,14 @@ LINEAR = {"add", "sub", "rsub", "mul", "div", "true_divide", "lerp", "addcdiv", 
 LINEAR |= {"radd", "iadd", "isub", "rmul", "imul", "truediv", "itruediv"}  # the operators
 
 
-class _Followed:
-    """What anchors and the tensors that are computed of them share."""
+class Mixed(Tensor):
+    """A tensor that is followed. `weights`: the mixture at hand, by table; None if nothing linear. `writes`: how often
+    each of the tables had been written. `memory`: the module whose anchor this is an alias of, if it is one.
+    """
+
+    memory: weakref.ref[Any] | None = None
+    weights: Weights | None = {}  # noqa: RUF012  replaced, never changed
+    writes: dict[Any, int] = {}  # noqa: RUF012  likewise
 
     @classmethod
     def __torch_function__(
@@ -66,10 +72,8 @@ class _Followed:
         return nn.Parameter(numbers, self.requires_grad) if isinstance(self, nn.Parameter) else numbers
 
 
-class Anchor(_Followed, nn.Parameter):
-    """`memory` is set by the module that owns it."""
-
-    memory: weakref.ref[Any] | None = None
+class Anchor(Mixed, nn.Parameter):
+    """The parameter itself."""
 
     @staticmethod
     def tie(memory: Any) -> None:
@@ -81,20 +85,9 @@ class Anchor(_Followed, nn.Parameter):
             anchor.memory = weakref.ref(memory)
 
 
-class Mixed(_Followed, Tensor):
-    """A mixture at hand: `weights` by table, and how often each table had been written. None: nothing linear.
-
-    `memory`: the module whose anchor this is an alias of, so that its rows change with it.
-    """
-
-    memory: weakref.ref[Any] | None = None
-    weights: Weights | None = None
-    writes: dict[Any, int] = {}  # noqa: RUF012  replaced, never changed
-
-
 def plain(anchor: Tensor) -> Tensor:
     """The anchor for the graph of a forward, where nothing is followed."""
-    if not isinstance(anchor, _Followed):
+    if not isinstance(anchor, Mixed):
         return anchor
     with torch._C.DisableTorchFunctionSubclass():
         return anchor.as_subclass(Tensor)
@@ -105,7 +98,7 @@ def loaded(value: Any, memory: Any) -> Any:
 
     Any other model's is taken as a file's would be, and leaves the tables to `load_tables`.
     """
-    tables = list(_weights(value) or {}) if isinstance(value, _Followed) else []
+    tables = list(_weights(value) or {}) if isinstance(value, Mixed) else []
     own = original(rows_table(memory))
     return value if all(original(table) is own for table in tables) else value.bare()
 
@@ -125,9 +118,10 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
         alias = isinstance(result, Tensor) and result.data_ptr() == args[0].data_ptr() != 0
-    made = _kept(result, _weights(args[0]), None)
-    if alias and isinstance(made, Mixed):
-        made.memory = args[0].memory
+    memory = _memory(args[0]) if alias else None
+    made = _kept(result, _weights(args[0]) if memory is None else {rows_table(memory): 1.0}, None)
+    if memory is not None and isinstance(made, Mixed):
+        made.memory = args[0].memory  # and while that is there, its rows
     return made
 
 
@@ -137,14 +131,14 @@ def _mixture(
     """What the result stands for: {} if for no rows, None if for nothing that is linear in rows."""
     if in_place and name in ("copy", "data"):
         return _weights(args[1])
-    operands = [x for x in (*args, *kwargs.values()) if isinstance(x, _Followed)]
+    operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Mixed)]
     known = {id(x): _target(x) if in_place and x is args[0] else _weights(x) for x in operands}
     if any(weights is None for weights in known.values()):
         return None
     tables = list({table: None for weights in known.values() for table in weights or ()})
 
     def stand_in(x: Any, scale: float) -> Any:
-        if isinstance(x, _Followed):
+        if isinstance(x, Mixed):
             weights = known[id(x)] or {}
             return torch.tensor([*(scale * weights.get(table, 0.0) for table in tables), 0.0], dtype=torch.float64)
         return x.detach().to("cpu", torch.float64) if isinstance(x, Tensor) else x
@@ -179,7 +173,7 @@ def _target(x: Any) -> Weights | None:
 
 
 def _memory(x: Any) -> Any:
-    return x.memory() if isinstance(x, Anchor | Mixed) and x.memory is not None else None
+    return x.memory() if isinstance(x, Mixed) and x.memory is not None else None
 
 
 def _kept(result: Any, mixture: Weights | None, target: Any) -> Any:
@@ -207,7 +201,7 @@ def _follow_lists(func: Callable[..., Any], in_place: bool, args: tuple[Any, ...
     followed = []
     for i in range(len(args[0])):
         each = tuple(x[i] if is_list else x for x, is_list in zip(args, lists, strict=True))
-        if any(isinstance(x, _Followed) for x in each):
+        if any(isinstance(x, Mixed) for x in each):
             followed.append((i, each[0], _mixture(single, _name(func)[0], in_place, each, kwargs)))
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)

@@ -107,10 +107,9 @@ class MemoryConfig(PreTrainedConfig):
 
         A model calls it too, since fields may have been set after the config was made.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in self.own_fields() and not (field.type is float and type(value) is int):
-                type_validator(field.name, value, field.type)
+        for name, kind in self.own_fields().items():
+            value = getattr(self, name)
+            type_validator(name, _with_floats(value) if "float" in str(kind) else value, kind)
         for name in ("router_bias_update_rate", "balance_loss_alpha", "initializer_range", "memory_initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 self._refuse(name, "a finite number, 0 or more")
@@ -149,10 +148,10 @@ class MemoryConfig(PreTrainedConfig):
         return found
 
     @classmethod
-    def own_fields(cls) -> list[str]:
-        """The fields of this config without those that every config of transformers has."""
+    def own_fields(cls) -> dict[str, Any]:
+        """The fields of this config, and their types, without those that every config of transformers has."""
         common = {each.name for each in dataclasses.fields(PreTrainedConfig)}
-        return [each.name for each in dataclasses.fields(cls) if each.name not in common]
+        return {each.name: each.type for each in dataclasses.fields(cls) if each.name not in common}
 
     @classmethod
     def from_preset(cls, name: str, *, vocabulary: np.ndarray | None = None, **overrides: Any) -> Self:
@@ -221,7 +220,10 @@ class MemoryConfig(PreTrainedConfig):
             "table_sizes": self.memory_table_sizes,
             "seed": self.memory_seed,
         }
-        return CONTRACTS[self.memory_contract].build(vocabulary, **common)
+        try:
+            return CONTRACTS[self.memory_contract].build(vocabulary, **common)
+        except ValueError as error:
+            self._refuse("memory_contract", str(error))
 
     def _refuse(self, field: str, remedy: str) -> NoReturn:
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -253,3 +255,10 @@ class MemoryConfig(PreTrainedConfig):
             refuse("memory_pad_token_id", f"a token id below vocab_size={self.vocab_size}")
         if self.memory_kernel_size < 0:
             refuse("memory_kernel_size", "0 or more taps of the short convolution")
+
+
+def _with_floats(value: Any) -> Any:
+    """Whole numbers will do for floats."""
+    if isinstance(value, dict):
+        return {name: _with_floats(part) for name, part in value.items()}
+    return float(value) if type(value) is int else value

@@ -76,7 +76,8 @@ class MemoryGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        inputs = prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         embeds = inputs.get("inputs_embeds")
         if embeds is not None and input_ids.shape == embeds.shape[:2]:
             inputs["input_ids"] = input_ids  # transformers leaves them out; a memory is addressed by them

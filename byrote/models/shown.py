@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -28,7 +29,7 @@ class Shown:
         output_attentions: bool | None,
     ) -> Shown:
         """Where an argument is None the config says what it says. ValueError where attention has no weights to show."""
-        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: Any = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attentions = config.output_attentions if output_attentions is None else output_attentions
         eager = attends_eagerly(config)
         if attentions and not eager:
@@ -50,7 +51,7 @@ class Shown:
         self.kept.append(x.flatten(2))
         return self.kept[-1].view_as(x)
 
-    def hidden_states(self, last: Tensor) -> tuple[Tensor | None, ...] | None:
+    def hidden_states(self, last: Tensor) -> tuple[Any, ...] | None:
         """All that was kept and the last, None in the place of one that was not asked for."""
         if self.states is False:
             return None

@@ -93,7 +93,7 @@ def nearest(name: str, fields: Iterable[str], cutoff: float = 0.6) -> str | None
     return next(iter(difflib.get_close_matches(name, fields, 1, cutoff)), None)
 
 
-def check_word(name: str, value: Any, implied: dict[str, Any], fields: list[str]) -> None:
+def check_word(name: str, value: Any, implied: dict[str, Any], fields: Iterable[str]) -> None:
     """ValueError unless the word says what follows from the fields anyway. `implied`: what follows of some words."""
     if name in implied:
         if value is not None and value != implied[name]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from byrote.nn.eager import Shares, attend_eagerly
+from byrote.nn.mla import Cache
 from byrote.nn.rope import rotate
-from byrote.ops.steps import Cache
 
 # Up to so many queries, plain products over the keys as they lie in the cache are faster than torch's attention.
 FEW = 16

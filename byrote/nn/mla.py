@@ -25,6 +25,8 @@ Shapes: x [B, T, d]; rotary [B, T, d_R/2]; mask bool [B, 1, T, S], True where a 
 Left out: attention dropout, biases, the sqrt(d/rank) factors, which the released DeepSeek code lacks too.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,8 +34,9 @@ from torch import Tensor, nn
 from byrote.nn.eager import Shares, attend_eagerly
 from byrote.nn.norm import RMSNorm
 from byrote.nn.rope import rotate
-from byrote.ops.dispatch import matrix, one_loop
-from byrote.ops.steps import Cache, latent_attention
+from byrote.ops.dispatch import matrix
+
+Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class MLA(nn.Module):
@@ -90,7 +93,6 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
-    @one_loop(latent_attention)
     def forward(
         self,
         x: Tensor,
@@ -104,7 +106,7 @@ class MLA(nn.Module):
         `cache` takes the new latents [B, 1, T, d_c] and rotary keys [B, 1, T, d_R] and returns all S of each.
         `shares` takes the weights of the attention, which is then computed by plain products.
         """
-        query, query_rope = self._heads(self.queries(x)).split([self.nope_dim, self.rope_dim], dim=-1)
+        query, query_rope = self._heads(self._queries(x)).split([self.nope_dim, self.rope_dim], dim=-1)
         query_rope = rotate(query_rope, rotary)
         latent, rope_key = self.kv_a_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
         latent, rope_key = self.kv_a_norm(latent).unsqueeze(1), rotate(rope_key.unsqueeze(1), rotary)
@@ -130,7 +132,7 @@ class MLA(nn.Module):
         cheaper = tokens * (2 * self.latent_dim - expanded_dim) < self.latent_dim * expanded_dim
         return self.absorb or cheaper
 
-    def queries(self, x: Tensor) -> Tensor:
+    def _queries(self, x: Tensor) -> Tensor:
         if not self.has_query_latent:
             return self.q_proj(x)
         return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
@@ -167,7 +169,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         up_key, _ = self._up_projections()
         # The heads become more queries of the one key head.
-        return self.up(self.mixed(torch.matmul(query_nope, up_key), query_rope, latent, rope_key, mask))
+        return self._up(self._mixed(torch.matmul(query_nope, up_key), query_rope, latent, rope_key, mask))
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK [H, n, c] and W_UV [H, v, c]"""
@@ -175,10 +177,12 @@ class MLA(nn.Module):
         up_key, up_value = both.split([self.nope_dim, self.value_dim], dim=1)
         return up_key, up_value
 
-    def up(self, mixed: Tensor) -> Tensor:
+    def _up(self, mixed: Tensor) -> Tensor:
         return torch.matmul(mixed, self._up_projections()[1].transpose(1, 2))
 
-    def mixed(self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None) -> Tensor:
+    def _mixed(
+        self, query: Tensor, query_rope: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Of absorbed queries [B, H, T, c]: the latents that each has mixed, of the same shape."""
         batch, _, tokens, _ = query.shape
         latent, rope_key = latent.to(query.dtype).squeeze(1), rope_key.to(query.dtype).squeeze(1)

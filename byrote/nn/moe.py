@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byrote.compiled.loops import run
 from byrote.nn.router import Router, load, sequence_balance_loss
 from byrote.ops.dispatch import one_loop
-from byrote.ops.steps import mixture
 
 
 class MLP(nn.Module):
@@ -140,6 +140,24 @@ class MoeStats(NamedTuple):
 
     counts: Tensor | None  # int64 [E]: alive tokens that chose each expert, for `router.record`
     balance_loss: Tensor | None  # [B], one per sequence, unweighted
+
+
+def mixture(layer: "DeepSeekMoE", x: Tensor) -> Tensor | None:
+    """Router, experts and shared expert of one token a row, as one loop; of sigmoid scores and one group."""
+    router, experts, shared = layer.router, layer.experts, layer.shared
+    number, _, width = experts.gate_up.shape
+    if router.scores != "sigmoid" or router.n_group > 1 or x.shape[-1] != width or len(x) * router.top_k >= number:
+        return None
+    from byrote.ops.loops.moe import moe
+
+    its = [x.new_empty(0, 0)] * 3
+    if shared is not None:
+        its = [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight]
+    tokens = x.reshape(-1, width).contiguous()
+    out = x.new_empty(tokens.shape)
+    routing = router.weight, router.selection_bias, router.top_k, router.renormalize, float(router.route_scale)
+    run(moe, tokens, *routing, experts.gate_up, experts.down, *its, out)
+    return out.view(x.shape)
 
 
 class DeepSeekMoE(nn.Module):

@@ -80,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
             lr=lr, eps=eps, weight_decay=weight_decay, row_rate=row_rate, router_bias_rate=router_bias_rate,
             muon_rate=muon_rate,
         )  # fmt: skip
-        if not all(0 <= beta < 1 for beta in betas):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}; both must lie in [0, 1), as (0.9, 0.95)")
         self.memories = [module for module in model.modules() if isinstance(module, Memory)]
         self.routers = [module for module in model.modules() if isinstance(module, Router)]

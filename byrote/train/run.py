@@ -110,6 +110,8 @@ def make_trainer(
     """
     settings = recipe.train
     _check_machine(recipe)
+    for part in ("train", "validation"):
+        Tokens.open(data, part)  # or an error, before the run begins
     with contextlib.ExitStack() as held:
         if rank() == 0:
             held.enter_context(folder.locked(run, begins=not resume))

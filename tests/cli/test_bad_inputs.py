@@ -45,7 +45,9 @@ def refused(*arguments: object, names: object) -> None:
 READERS = {
     "generate": ("generate", "PATH", "x"),
     "gates": ("gates", "PATH", "x"),
-    "segments": ("segments", "PATH", "x"),
+    "concepts": ("concepts", "PATH", "x"),
+    "eval": ("eval", "PATH"),
+    "plot": ("plot", "PATH"),
     "info": ("info", "PATH"),
     "table info": ("table", "info", "PATH"),
     "table verify": ("table", "verify", "PATH", "--write"),
@@ -70,7 +72,7 @@ DAMAGED = {
     "table-1.safetensors": [b"", b"garbage" * 9, lambda content: content[:-5], None],
     "tokenizer.json": [b"", b"garbage", b"[]", b"{}", b"{"],
     "tokenizer_config.json": [b"{", b"[]"],
-    "generation_config.json": [b"[]"],
+    "generation_config.json": [b"[]", b"{", b""],
     "config.json": [
         b"", b"{", b"[]", b"null", b"\xff\xfe{", b"[" * 200_000, b"{}", changed(hidden_size="abc"), changed(address=3),
         changed(hidden_size=None), changed(hidden_size=96), changed(num_attention_heads=0), changed(model_type="none"),
@@ -188,20 +190,26 @@ def test_settings_that_cannot_be(place, tmp_path):
 
 
 def test_a_full_disk_and_a_damaged_run(place, tmp_path):
-    out, arguments = tmp_path / "run", settings(place, steps=2)
+    out, arguments = tmp_path / "run", settings(place, steps=2, schedule="constant")
     run("data", f"files:{place / 'texts.jsonl'}", "--out", place / "data", "--vocab-size", "280")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a disk does that has no room for more
         refused("train", NANO, *arguments, "--out", out, names=f"{out}/checkpoints/step-000002")
-        for limit in (30_000, 10_000, 1_000):  # in a token array, the tokenizer, the documents
+        for limit in (4_000, 400):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             refused("data", f"files:{place / 'texts.jsonl'}", "--out", tmp_path / "data", names=tmp_path / "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     shutil.rmtree(out)
+    shutil.copytree(place / "data", tmp_path / "cut")
+    (tmp_path / "cut/validation.offsets.npy").write_bytes(b"garbage")
+    damaged_text = [*arguments, f"data.folder={tmp_path / 'cut'}"]
+    refused("train", NANO, *damaged_text, "--out", out, names=tmp_path / "cut/validation.offsets.npy")
+    assert not out.exists()  # refused before it was begun
     run("train", NANO, *arguments, "--out", out)
     [checkpoint] = (out / "checkpoints").iterdir()
+    arguments = settings(place, steps=3, schedule="constant")
     for name in ("training.pt", "config.json", "model.safetensors", "row_state/table-1.safetensors"):
         path = checkpoint / name if (checkpoint / name).exists() else next((checkpoint / name).parent.iterdir())
         content = path.read_bytes()

@@ -288,6 +288,10 @@ def test_demo_writes_what_it_says(place, tmp_path, monkeypatch):
     assert times[tmp_path / "out/moe/metrics.jsonl"] == (tmp_path / "out/moe/metrics.jsonl").stat().st_mtime_ns
     other = run("demo", *settings(place, steps=7), "--out", tmp_path / "out", code=2)
     assert "train.steps was 6 when the run began and is 7" in other
+    texts = (place / "texts.jsonl").read_text()
+    (place / "texts.jsonl").write_text(texts.replace("memory", "remory"))
+    assert "was trained on another text" in run("demo", *settings(place), "--out", tmp_path / "out", code=2)
+    (place / "texts.jsonl").write_text(texts)
     (tmp_path / "mine/engram").mkdir(parents=True)
     (tmp_path / "mine/engram/thesis.txt").write_text("years")
     assert "not empty, and no run" in run("demo", *settings(place), "--out", tmp_path / "mine", code=2)

@@ -26,8 +26,8 @@ NOT_OURS = (
     Exclusion(
         "test_model_weights_reload_no_missing_tied_weights",
         (*ENGRAM, "TestDLCMMemory"),
-        "it opens a folder whose weights are all gone: what says which tables belong to them is gone too, and another "
-        "model's tables must not be taken, so that the folder is refused (tests/models/test_saving.py)",
+        "it opens a folder whose weights are all gone: what says which tables belong to them is gone too, and tables "
+        "of another model must not be taken, so the folder is refused (tests/models/test_saving.py)",
     ),
     Exclusion(
         "test_inputs_embeds",

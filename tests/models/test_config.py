@@ -59,7 +59,7 @@ CONTRADICTIONS = {
     "memory_layers twice": ({"memory_layers": [1, 1]}, "each once"),
     "memory_layers descending": ({"memory_layers": [2, 1]}, "ascending"),
     "memory_layers negative": ({"memory_layers": [-1]}, "0..3"),
-    "memory_contract": ({"memory_contract": "qwen"}, "'engram' or 'deepseek_v41'"),
+    "memory_contract": ({"memory_contract": "qwen"}, "'engram', 'deepseek_v41'"),
     "memory_contract sizes": ({"memory_contract": "deepseek_v41"}, "one table size"),
     "memory_table_sizes": ({"memory_table_sizes": []}, "one positive number"),
     "memory_table_sizes zero": ({"memory_table_sizes": [0, 5]}, "one positive number"),

@@ -117,6 +117,11 @@ def in_two_statements(mine, theirs):
     mine.data.add_(0.6 * theirs.data)
 
 
+def sum_then_factor(mine, theirs):
+    mine.data.add_(1.5 * theirs.data)
+    mine.data.div_(2.5)
+
+
 def put_in_place(mine, theirs):
     mine.data = 0.4 * mine.data + theirs.data * 0.6
 
@@ -126,7 +131,7 @@ def difference(mine, theirs):
         mine -= 0.6 * (mine - theirs)
 
 
-SYNCS = [mul_then_add, in_two_statements, put_in_place, difference]
+SYNCS = [mul_then_add, in_two_statements, sum_then_factor, put_in_place, difference]
 
 
 @pytest.mark.parametrize("sync", SYNCS, ids=lambda sync: sync.__name__)

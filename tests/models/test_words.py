@@ -21,7 +21,7 @@ ROPE = {
 REFUSED = {
     "memory_layer": ([0, 1], "did you mean memory_layers"),
     "memory_table_size": ([9, 9], "did you mean memory_table_sizes"),
-    "nosuch": (3, "there are vocab_size"),
+    "nosuch": (3, "is no field of the config: there are"),
     "rms_norm_epsilon": (1.0, "did you mean rms_norm_eps"),
     "tie_embeddings": (False, "did you mean tie_word_embeddings"),
     "hc_mult": (4, "did you mean num_streams"),

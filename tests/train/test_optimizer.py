@@ -117,7 +117,7 @@ def test_numbers_that_cannot_be_are_refused(name, value):
         Optimizer(nn.Linear(2, 2), **{name: value})
 
 
-@pytest.mark.parametrize("betas", [(-0.1, 0.9), (0.9, 1.0), (float("nan"), 0.9)])
+@pytest.mark.parametrize("betas", [(-0.1, 0.9), (0.9,), (0.9, 1.0), (float("nan"), 0.9)])
 @pytest.mark.parametrize("rule", ["adam", "adagrad"])
 def test_betas_that_cannot_be_are_refused(betas, rule):
     with pytest.raises(ValueError, match=r"betas .*must lie in \[0, 1\)"):

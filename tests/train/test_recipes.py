@@ -94,7 +94,7 @@ def test_load_override_and_save(path, tmp_path):
         ("model.memory_layers=1", "model.memory_layers is 1; it must be a list, each an int"),
         ("model.memory_layers=[1, true]", "model.memory_layers is [1, True]; it must be a list"),
         ("model.memory_table_sizes=[400.5, 400]", "it must be a list, each an int"),
-        ("model.yarn={factor='4'}", "it must be a table of a finite number by name"),
+        ("model.yarn=4", "model.yarn is 4; it must be a table, {NAME = VALUE, ...}, or None"),
         ("model.scoring_func=True", "model.scoring_func is True; it must be a string"),
         ("model.preset=3", "model.preset is 3; it must be a string"),
         ("model.memory_layer=[1]", "unknown key model.memory_layer: did you mean model.memory_layers?"),
@@ -177,9 +177,11 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "flat.toml").write_text("train = 3\n")
     with pytest.raises(ValueError, match="train is 3; it is a section"):
         Recipe.load(tmp_path / "flat.toml")
-
+    (tmp_path / "top.toml").write_text("trian = 3\n")
+    with pytest.raises(ValueError, match=r"top\.toml is not a recipe: unknown key trian: did you mean train"):
+        Recipe.load(tmp_path / "top.toml", ["train.steps=3"])
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="it holds no sections"):
+    with pytest.raises(ValueError, match="it has sections"):
         Recipe.load(tmp_path / "list.json")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"bytes\.toml is not a recipe"):

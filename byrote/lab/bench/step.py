@@ -59,7 +59,7 @@ class Step:
         assert self.model.memory_stack is not None
         for _, memory in self.model.memory_stack.items():
             pending, held = memory.lookup.pending, memory.table
-            for place, name in ((held, "read"), (held, "update"), (pending, "add"), (pending, "take")):
+            for place, name in ((held, "read"), (held, "update"), (pending, "add"), (pending, "sum")):
                 setattr(place, name, self._timed(getattr(place, name)))
             held.read(torch.zeros(1, dtype=torch.int64))  # drawn before the clock runs
 

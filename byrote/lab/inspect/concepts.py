@@ -16,7 +16,6 @@ from rich.style import Style
 from rich.text import Text
 
 from byrote.data.tokenizer import encode_prompt, shown
-from byrote.lab.inspect.concepts_page import PAGE
 from byrote.lab.inspect.gates import visible
 from byrote.lab.inspect.page import fill
 
@@ -103,4 +102,4 @@ def to_html(trace: SegmentTrace, title: str) -> str:
         "threshold": trace.threshold,
         "opens": trace.opens,
     }
-    return fill(PAGE, title, data)
+    return fill("concepts.html", title, data)

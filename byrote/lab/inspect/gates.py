@@ -24,7 +24,6 @@ from rich.style import Style
 from rich.text import Text
 
 from byrote.data.tokenizer import encode_prompt, shown
-from byrote.lab.inspect.gates_page import PAGE
 from byrote.lab.inspect.page import fill
 from byrote.nn.engram import Engram
 from byrote.tables.files.headers import check_fields, parse_object
@@ -169,4 +168,4 @@ def to_html(trace: GateTrace, title: str) -> str:
         "gates": [[[round(gate, 4) for gate in token] for token in layer] for layer in trace.gates.tolist()],
         "scale": trace.scale,
     }
-    return fill(PAGE, title, data)
+    return fill("gates.html", title, data)

@@ -15,19 +15,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from byrote.data.packing import Tokens
 from byrote.data.tokenizer import load_tokenizer
 from byrote.lab.inspect.gates import record, to_html, to_terminal
 from byrote.models.counts import Counts, count
+from byrote.tables.files.headers import parse_object
 from byrote.train.checkpoint import latest
 from byrote.train.folder import check_same
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.progress import DataLive
 from byrote.train.recipe import RECIPES, Recipe
-from byrote.train.run import config_of, prepare_data, train
+from byrote.train.run import config_of, data_folder, prepare_data, train
 
 PAIR = {"moe": "tiny-moe.toml", "engram": "tiny-engram.toml"}
 TOTAL, ACTIVE = 0.01, 0.02  # how far the two may differ
@@ -88,9 +91,19 @@ def check_folder(recipe: Recipe, run: Path) -> None:
 
 def trained(recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
     """The result.json of a run, which is trained, or gone on with, where it is not done."""
-    if not (run / "result.json").exists():
+    if (run / "result.json").exists():
+        check_text(recipe, run)
+    else:
         train(recipe, run, console, resume=(run / "recipe.json").exists())
-    return json.loads((run / "result.json").read_text())
+    return parse_object((run / "result.json").read_bytes(), str(run / "result.json"))
+
+
+def check_text(recipe: Recipe, run: Path) -> None:
+    """ValueError where a run that is done has read another text than its corpus holds now."""
+    now = Tokens.open(data_folder(recipe), "train").fingerprint
+    loader = torch.load(latest(run) / "training.pt", map_location="cpu", weights_only=True)["loader"]
+    if loader.get("corpus", now) != now:
+        raise ValueError(f"{run} was trained on another text than {recipe.data.corpus} is now: choose another --out")
 
 
 def compare_counts(recipes: dict[str, Recipe], console: Console) -> dict[str, Counts]:

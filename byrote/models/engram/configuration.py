@@ -28,7 +28,7 @@ class EngramConfig(MemoryConfig):
     num_hidden_layers: int = 4
     q_lora_rank: int | None = None
     kv_lora_rank: int = 16
-    yarn: dict[str, Any] | None = None
+    yarn: dict[str, float] | None = None
     first_k_dense_replace: int = 1
     n_routed_experts: int = 8
     scoring_func: str = "sigmoid"

@@ -85,8 +85,8 @@ def parse_object(text: bytes, source: str) -> dict[str, Any]:
 def check_fields(content: Mapping[str, Any], kinds: Mapping[str, type], source: str) -> None:
     """ValueError that begins with `source` where a field is absent or of another type, or a number is negative."""
     for name, kind in kinds.items():
-        value: Any = content.get(name)
-        if type(value) is not kind or (kind is int and value < 0):
+        value = content.get(name)
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             wanted = "int of 0 or more" if kind is int else kind.__name__
             raise ValueError(f"{source} is damaged ({name} must be {wanted}, got {_short(value)}); copy it again")
 

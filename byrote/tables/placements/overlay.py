@@ -184,5 +184,5 @@ class OverlayTable(Table):
 
     def _check_fields(self, fields: StateFields) -> None:
         present = dict(self.fields)
-        if present and present != {name: tuple(shape) for name, shape in fields.items()}:
+        if present and fields and present != {name: tuple(shape) for name, shape in fields.items()}:
             raise ValueError(f"the table keeps rule state {sorted(present)}, the rule asks for {sorted(fields)}")

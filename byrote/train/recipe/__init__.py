@@ -8,7 +8,6 @@ when a recipe is read, those of the model against the types that its config decl
 """
 
 import dataclasses
-import inspect
 import json
 import sys
 import tomllib
@@ -179,10 +178,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Recipe":
-        check_names(content, ("model", "data", "train"), "")
-        for name, section in content.items():
-            if not isinstance(section, dict):
-                raise ValueError(f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE")
+        _check_sections(content)
         parts = {name: _section(kind, content.get(name, {}), name) for name, kind in _SECTIONS.items()}
         return cls(_model(content.get("model", {})), **parts)
 
@@ -206,13 +202,8 @@ def model_fields(preset: str) -> dict[str, Any]:
     """
     from byrote.models.families import config_class
 
-    kind = config_class(preset)
-    wanted: dict[str, Any] = {}
-    for part in reversed(kind.__mro__):  # not those of transformers: it has words that no model of ours reads
-        if part.__module__.startswith("byrote."):
-            wanted |= inspect.get_annotations(part, eval_str=True)
-    names = [each.name for each in dataclasses.fields(kind) if each.name not in ("address", "vocab_size")]
-    return {name: wanted[name] for name in names if name in wanted}
+    fields = config_class(preset).own_fields()
+    return {name: kind for name, kind in fields.items() if name not in ("address", "vocab_size")}
 
 
 def _model(content: dict[str, Any]) -> ModelRecipe:
@@ -252,9 +243,20 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a recipe: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    if not isinstance(content, dict):
         raise ValueError(f"{file} is not a recipe: it has sections [model], [data] and [train], and nothing beside")
+    try:
+        _check_sections(content)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a recipe: {error}") from None
     return content
+
+
+def _check_sections(content: dict[str, Any]) -> None:
+    check_names(content, ("model", "data", "train"), "")
+    for name, section in content.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is {section!r}; it is a section: write [{name}] or {name}.KEY=VALUE")
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -262,6 +264,4 @@ def _apply(content: dict[str, Any], override: str) -> None:
     *sections, key = path.split(".")
     if not equals or len(sections) != 1:
         raise ValueError(f"{override!r} is no override; write section.key=value, such as train.steps=200")
-    section = content.setdefault(sections[0], {})
-    if isinstance(section, dict):  # what is none is refused with the rest of the recipe
-        section[key] = parse(text)
+    content.setdefault(sections[0], {})[key] = parse(text)

@@ -51,7 +51,7 @@ def describe(wanted: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(map(describe, parts))
     if origin is dict:
-        return f"a table of {describe(parts[1])} by name"
+        return "a table, {NAME = VALUE, ...}" if parts[1] is Any else f"a table of {describe(parts[1])} by name"
     if origin is tuple and Ellipsis not in parts:
         return f"a list of {len(parts)}: {', '.join(map(describe, parts))}"
     if origin in (list, tuple):
