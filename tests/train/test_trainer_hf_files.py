@@ -12,6 +12,7 @@ from transformers import trainer as trainer_module
 
 from byrote import EngramForCausalLM
 from byrote.tables.log import manifests
+from byrote.train import file_tables
 from byrote.train.hf_callback import TableCallback
 from tests.train.test_trainer_hf import assert_same, make, snapshot, snapshot_weights, trainer
 
