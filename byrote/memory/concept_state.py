@@ -8,7 +8,7 @@ concept goes to slot lengths[b] of these buffers (capacity grows by doubling; sl
     read_key, read_value      of the attention from tokens to concepts, likewise
     smoothed                  what smoothing made of each; only while recording
 
-and beside them the open segment (byrote.nn.concept) and the last smoothed concept of each row.
+and beside them the open segment (byrote.nn.pooling) and the last smoothed concept of each row.
 
 A rollback takes away concepts and opens segments that were closed: while past recording is on the layer keeps the
 encoder states and boundaries that it is given, and `crop` finds both again.

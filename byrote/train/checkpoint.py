@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from byrote.tables.log.disk import naming
 from byrote.tables.placements.open import POINTER
-from byrote.train import file_tables as filetables
+from byrote.train import file_tables
 
 FOLDERS = "checkpoints/*"  # also while one is written
 
@@ -78,7 +78,7 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, training: 
     found = checkpoints(run)
     for old in found[: found.index(target) + 1][:-keep]:  # whatever lies there, never the one just written
         remove_checkpoint(old)
-    filetables.collect(model, run, FOLDERS)
+    file_tables.collect(model, run, FOLDERS)
     return target
 
 

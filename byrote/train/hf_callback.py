@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from byrote.memory import Memory
 from byrote.models.pretrained import MemoryPreTrainedModel
 from byrote.tables.placements.open import POINTER
-from byrote.train import file_tables as filetables
+from byrote.train import file_tables
 
 FOLDERS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
@@ -55,7 +55,7 @@ class TableCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._from_files:
-            filetables.collect(_model(model), Path(str(args.output_dir)), FOLDERS)
+            file_tables.collect(_model(model), Path(str(args.output_dir)), FOLDERS)
 
     def on_train_begin(  # type: ignore[override]
         self,
@@ -71,7 +71,7 @@ class TableCallback(TrainerCallback):
                 "the stock Trainer saves on one process, and all must save sharded tables: use `byrote train`, "
                 "or placement='host'"
             )
-        filetables.mark_checkpoints(found, run, FOLDERS)
+        file_tables.mark_checkpoints(found, run, FOLDERS)
         if not any(memory.anchor.requires_grad for memory in _memories(found)):
             return  # the tables do not move
         self._from_files = self.placement == "file"
@@ -80,10 +80,10 @@ class TableCallback(TrainerCallback):
             folders = [Path(given)] if isinstance(given, str | os.PathLike) else []
             self._bring_back(found, [*folders, *run.glob(FOLDERS)])
             if self._from_files:
-                filetables.resume(found, run, FOLDERS)
+                file_tables.resume(found, run, FOLDERS)
         elif self._from_files:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
-            filetables.begin(found, run, optimizer, FOLDERS)
+            file_tables.begin(found, run, optimizer, FOLDERS)
 
     def on_train_end(  # type: ignore[override]
         self,
@@ -98,13 +98,13 @@ class TableCallback(TrainerCallback):
         if reloaded and state.best_model_checkpoint is not None:
             self._bring_back(found, [Path(state.best_model_checkpoint)])
         if self._from_files:
-            filetables.resume(found, run, FOLDERS)  # the Trainer may have removed the last checkpoint too
-        filetables.end(found)
+            file_tables.resume(found, run, FOLDERS)  # the Trainer may have removed the last checkpoint too
+        file_tables.end(found)
 
     def _bring_back(self, model: MemoryPreTrainedModel, folders: list[Path]) -> None:
         """Load tables and row state of the folder whose generation is the backbone's."""
-        before, reasons = filetables.tables(model).values(), []
-        filetables.unlock(model)
+        before, reasons = file_tables.tables(model).values(), []
+        file_tables.unlock(model)
         for folder in folders:
             try:
                 model.load_tables(folder, self.placement)

@@ -26,8 +26,7 @@ from byrote.tables.log.disk import naming
 from byrote.tables.placements.device import accelerator
 from byrote.tables.placements.open import PLACEMENTS
 from byrote.tables.placements.pinned import check_gpu
-from byrote.train import file_tables as filetables
-from byrote.train import folder
+from byrote.train import file_tables, folder
 from byrote.train.allocator import keep_freed_memory
 from byrote.train.checkpoint import FOLDERS, sharded
 from byrote.train.evaluate import Score, Validation, evaluate
@@ -132,9 +131,9 @@ def make_trainer(
         optimizer = build_optimizer(recipe, model)
         if settings.placement == "file":
             if found:
-                filetables.resume(model, run, FOLDERS)
+                file_tables.resume(model, run, FOLDERS)
             else:
-                filetables.begin(model, run, optimizer, FOLDERS)
+                file_tables.begin(model, run, optimizer, FOLDERS)
         loader, validation = _loader(recipe, data, model), _validation(recipe, data, meta)
         trainer = Trainer(settings, model, optimizer, loader, validation, run, tokenizer, found, report, evaluating)
         if found and rank() == 0:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from byrote.data.loader import Loader
 from byrote.data.packing import Batch, predicted
 from byrote.memory import Memory
-from byrote.train import file_tables as filetables
+from byrote.train import file_tables
 from byrote.train.checkpoint import load_training, random_states, restore_random_states, save_checkpoint, sharded
 from byrote.train.evaluate import Score, Validation, evaluate, loss_options
 from byrote.train.metrics import Metrics
@@ -105,7 +105,7 @@ class Trainer:
         a run that was stopped in its last evaluation goes on with that.
         """
         self.model.train()
-        with self.held, self.signals, filetables.released(self.model):
+        with self.held, self.signals, file_tables.released(self.model):
             self._evaluate_on_the_way()  # where a signal came between a step and its evaluation
             while self.step < self.recipe.steps:
                 reason = self._train_step()

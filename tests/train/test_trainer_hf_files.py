@@ -12,7 +12,7 @@ from transformers import trainer as trainer_module
 
 from byrote import EngramForCausalLM
 from byrote.tables.log import manifests
-from byrote.train import file_tables as filetables
+from byrote.train import file_tables
 from byrote.train.hf_callback import TableCallback
 from tests.train.test_trainer_hf import assert_same, make, snapshot, snapshot_weights, trainer
 
@@ -123,7 +123,7 @@ def test_the_best_tables_come_back(tmp_path, limit):
     assert trained.evaluate()["eval_loss"] == pytest.approx(evaluated[best], abs=1e-6)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(trainer_module, "rotate_checkpoints"), (filetables, "collect")])
+@pytest.mark.parametrize(("owner", "name"), [(trainer_module, "rotate_checkpoints"), (file_tables, "collect")])
 @pytest.mark.parametrize("half_done", [False, True])
 def test_a_crash_between_a_save_and_the_end_of_its_rotation(tmp_path, states, monkeypatch, owner, name, half_done):
     real, calls = getattr(owner, name), []

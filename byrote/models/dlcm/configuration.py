@@ -5,12 +5,12 @@
     num_encoder_layers, num_concept_layers, num_decoder_layers; without concept layers it is a plain Llama, the baseline
 
     compression_ratio    R: tokens per concept that training aims at;  boundary_weight: lambda of the loss that does
-    boundary_convention  "close", "open", or "literal", which shows tokens their future: a control (byrote.nn.concept)
+    boundary_convention  "close", "open", or "literal", which shows tokens their future: a control (byrote.nn.pooling)
     boundary_mode        "decoupled": the language loss does not move boundaries; "e2e": it does, by smoothing and by a
                          straight-through factor, as in H-Net; "rule": no parameters and no loss, by a threshold
     boundary_threshold   the p from which on a boundary is, when not sampled;  boundary_temperature: tau of the sampling
     boundary_size        d_scan: width of q and k; hidden_size unless given
-    concept_smoothing    "ema" or "none" (byrote.nn.concept)
+    concept_smoothing    "ema" or "none" (byrote.nn.pooling)
     concept_weighting    "replicated" or "uniform";  concept_kernel: "sdpa", "dense", "flex" or "varlen"
                          (byrote.nn.concept_attention)
     mup_base_width       d_base of decoupled muP (section 6.1); None: standard parametrization
@@ -25,8 +25,8 @@ from typing import Any
 
 from byrote.models.configuration import MemoryConfig
 from byrote.models.dlcm.presets import PRESETS
-from byrote.nn.concept import CONVENTIONS
 from byrote.nn.concept_attention import KERNELS, WEIGHTINGS
+from byrote.nn.pooling import CONVENTIONS
 
 
 class DLCMConfig(MemoryConfig):

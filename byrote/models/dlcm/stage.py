@@ -25,9 +25,9 @@ from byrote.models.block import BlockOutput, exit_of, record
 from byrote.models.dlcm.block import ConceptBlock
 from byrote.models.dlcm.configuration import DLCMConfig
 from byrote.nn.boundary import BoundaryHead, sample
-from byrote.nn.concept import Formed, pool, smooth
 from byrote.nn.concept_attention import ConceptAttention, Places
 from byrote.nn.norm import RMSNorm
+from byrote.nn.pooling import Formed, pool, smooth
 from byrote.nn.rope import rotary
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byrote.nn.concept import CLAMP, Formed, pool, smooth, smooth_one_by_one
+from byrote.nn.pooling import CLAMP, Formed, pool, smooth, smooth_one_by_one
 
 HIDDEN = 3
 
