@@ -76,7 +76,8 @@ def test_what_the_text_names_exists(page, app):
         assert word in (TARGETS if command == "make" else verbs), f"{page.name}: `{command} {word}`"
     for path in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / path).exists(), f"{page.name} links to {path}"
-    for path in re.findall(r"`((?:byrote|tests|docs|recipes|examples|benchmarks)/[\w/.-]+)`", text):
+    named = re.findall(r"`((?:byrote|tests|docs|recipes|examples|benchmarks)/[\w/.-]+)`", text)
+    for path in named if page.name != "log.md" else ():  # which names what there was on that day
         assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 

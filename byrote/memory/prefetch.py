@@ -87,7 +87,7 @@ class Reading:
 
 
 def begin(table: Table, rows: Tensor, times: Times) -> Reading | None:
-    if type(rows) is not Tensor or not rows.numel() or table.sharded:  # which all ranks read in one order
+    if type(rows) is not Tensor or not rows.numel() or not table.apart:
         return None
     if rows.is_cuda or (rows.device.type == "cpu" and table.cold(rows)):
         return Reading(table, rows, times)

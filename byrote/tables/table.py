@@ -72,6 +72,7 @@ class Table(ABC):
     U row ids, W = `width`; row ids are int64 in [0, `num_rows`). ValueError where one is not.
 
         device         where the state of rows lies and the row rule runs
+        apart          rows may be read on another thread than they are written on
         asynchronous   rows of ids on a GPU are read there: a read is queued, and the host does not wait
         sharded        rows are spread over ranks: reading and saving is for all ranks together
         settled        what is loaded in this table's place goes to where it is, with `place`
@@ -84,6 +85,7 @@ class Table(ABC):
     identity: int
     writes: int = 0
     device = CPU
+    apart = True
     asynchronous = False
     sharded = False
     settled = False

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, pipeline
 
+from byrote.memory import MemoryState
 from tests.exactness.conftest import build, full_forward
 
 LENGTH = 20
@@ -64,18 +65,18 @@ def test_drafts_are_rolled_back(model, ids):
     """The draft test can only mean something where both happens."""
     near = build(convolution=model.config.memory_kernel_size > 0, moe=model.config.first_k_dense_replace == 1)
     seen = []
-    crop = DynamicCache.crop
+    crop = MemoryState.crop
 
     def recording_crop(self, tokens):
         seen.append(tokens)
         return crop(self, tokens)
 
-    DynamicCache.crop = recording_crop
+    MemoryState.crop = recording_crop
     try:
         greedy(model, ids[:1], assistant_model=near)
         greedy(model, ids[:1], prompt_lookup_num_tokens=4)
     finally:
-        DynamicCache.crop = crop
+        MemoryState.crop = crop
     assert any(tokens < 0 for tokens in seen)
 
 

@@ -265,5 +265,5 @@ def test_import_refuses_weights_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="model_type='llama'"):
         load_deepseek_v3(tmp_path)
     (tmp_path / "config.json").write_text(to_deepseek_v3_config(model.config).to_json_string())
-    with pytest.raises(ValueError, match=r"neither model.safetensors nor"):
+    with pytest.raises(ValueError, match=r"neither model.safetensors.index.json nor model.safetensors"):
         load_deepseek_v3(tmp_path)

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from byrote.lab.bench import Options
 from byrote.lab.bench import decode as decode_bench
-from byrote.lab.bench.tables import Options
 from byrote.tables import RamTable
 from byrote.tables.placements.file import FileTable
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from byrote.lab import bench as table_bench
 from byrote.lab.bench import files as file_bench
-from byrote.lab.bench import tables as table_bench
 from byrote.lab.bench.ratios import Options
 from byrote.tables import RamTable
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from byrote.address import engram, hash_rows, windows
 from byrote.cli.main import app
+from byrote.lab import bench as table_bench
 from byrote.lab.bench import gather as gather_bench
 from byrote.lab.bench import step as step_bench
-from byrote.lab.bench import tables as table_bench
 from byrote.lab.bench import update as update_bench
 from byrote.lab.bench.ratios import Options, Row, at_most, compare, interleaved
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from byrote.memory import MemoryState, Sequence
 from byrote.memory.concept_state import NOWHERE, ConceptState
 from byrote.memory.state import Field
-from tests.nn.test_concept import loop
+from tests.nn.test_pooling import loop
 
 ROWS, HIDDEN = 3, 3
 FIELDS = {"query": Field(1, (2,), dtype=torch.float32)}

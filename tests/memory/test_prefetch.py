@@ -165,9 +165,9 @@ def test_a_ticket_that_nobody_waits_for_leaves_nothing():
 
 def test_what_is_in_memory_or_cannot_be_read_apart_is_read_in_place():
     rows = rows_of(1, 2, 3)
-    uncounted = Slow()
-    del uncounted.writes
-    for table in (RamTable(ROWS, WIDTH, digest=""), uncounted):
+    together = Slow()
+    together.apart = False
+    for table in (RamTable(ROWS, WIDTH, digest=""), together):
         ticket = Memory(table).ticket(rows)
         assert ticket.reading is None and torch.equal(ticket.wait(), table.read(rows).flatten(-2))
     assert Memory(Slow()).ticket(rows[:, :0]).reading is None

@@ -52,7 +52,7 @@ def test_counts_saturate_and_age():
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 def test_reads_are_the_bases(codec, compiled, monkeypatch):
-    for module in ("places", "gather"):
+    for module in ("placements.cache_slots", "records"):
         monkeypatch.setattr(f"byrote.tables.{module}.numba_is_there", lambda: compiled)
     assert type(make_places(8)) is (Places if compiled else PlainPlaces)
     base = RamTable(2000, 6, digest=DIGEST, codec=codec, seed=1)

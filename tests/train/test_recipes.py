@@ -94,7 +94,7 @@ def test_load_override_and_save(path, tmp_path):
         ("model.memory_layers=1", "model.memory_layers is 1; it must be a list, each an int"),
         ("model.memory_layers=[1, true]", "model.memory_layers is [1, True]; it must be a list"),
         ("model.memory_table_sizes=[400.5, 400]", "it must be a list, each an int"),
-        ("model.yarn=4", "model.yarn is 4; it must be a table, {NAME = VALUE, ...}, or None"),
+        ("model.yarn=4", "model.yarn is 4; it must be a table of a finite number by name, or None"),
         ("model.scoring_func=True", "model.scoring_func is True; it must be a string"),
         ("model.preset=3", "model.preset is 3; it must be a string"),
         ("model.memory_layer=[1]", "unknown key model.memory_layer: did you mean model.memory_layers?"),

@@ -161,7 +161,8 @@ def test_a_batch_may_be_split_into_micro_batches(corpus, make_recipe, tmp_path):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         Trainer(recipe.train, model, optimizer, loader, validation, tmp_path / f"run{size}").train()
         [memory] = dict(model.model.memories.items()).values()
-        trained[size] = {**model.state_dict(), "rows": memory.lookup.pending.take()[1]}
+        weights = {name: value for name, value in model.state_dict().items() if not name.endswith("identity")}
+        trained[size] = {**weights, "rows": memory.table.read(torch.arange(memory.table.num_rows))}
     for size in (1, 3):
         for name, tensor in trained[size].items():
             torch.testing.assert_close(tensor, trained[0][name], atol=1e-6, rtol=0, msg=name)
@@ -180,7 +181,8 @@ def test_two_processes_follow_the_single_process(train, make_recipe, corpus, tmp
         assert a == pytest.approx(b, abs=2e-6), step
     first, second = (load_file(latest(tmp_path / name) / "model.safetensors") for name in ("one", "two"))
     for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0, msg=name)
+        if not name.endswith("identity"):  # of rows to the last bit
+            torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_the_run_folder(train, tmp_path):

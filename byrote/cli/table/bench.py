@@ -26,9 +26,9 @@ def bench(
     import torch
     from rich.table import Table
 
+    from byrote.lab.bench import run
     from byrote.lab.bench.files import engramdb_is_there
     from byrote.lab.bench.ratios import Options
-    from byrote.lab.bench.tables import run
     from byrote.lab.bench.update import state_bytes
     from byrote.train.allocator import keep_freed_memory
 

@@ -86,9 +86,29 @@ def _convert_model(console: Console, source: Path, target: Path, codec: str) -> 
 
 
 def _check(console: Console, before: Path, after: Path, run: Path) -> None:
-    from byrote.lab.studies.codec_cost import score
-
     with console.status("measuring the validation loss"):
-        first, second = score(before, run), score(after, run)
+        first, second = _score(before, run), _score(after, run)
     change = f"{first.loss:.5f} before, {second.loss:.5f} after, {second.loss - first.loss:+.5f} nats a token"
     console.print(f"validation loss on {first.tokens:,} tokens: {change}", soft_wrap=True)
+
+
+def _score(model_folder: Path, run: Path) -> Any:
+    """Of the model in a folder, tables read in place, on the validation text of a run, as its training measured it."""
+    from byrote.data.packing import Tokens
+    from byrote.data.prepare import prepare
+    from byrote.models.engram import EngramForCausalLM
+    from byrote.train.evaluate import Validation, evaluate
+    from byrote.train.recipe import Recipe
+    from byrote.train.run import data_folder
+
+    if not (run / "recipe.json").is_file():
+        raise ValueError(f"{run} is no run folder (it has no recipe.json): give the run whose text is to be measured")
+    recipe = Recipe.load(run / "recipe.json")
+    folder = data_folder(recipe)
+    meta = prepare(recipe.data.options, folder)
+    size = recipe.train.micro_batch_size or recipe.train.batch_size
+    text = Tokens.open(folder, "validation")
+    validation = Validation(text, meta["validation"]["bytes"], size, recipe.data.length)
+    return evaluate(
+        EngramForCausalLM.from_pretrained(model_folder, placement="file"), validation, recipe.train.precision
+    )

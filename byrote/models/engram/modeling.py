@@ -206,7 +206,6 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
@@ -222,6 +221,7 @@ class EngramForCausalLM(EngramPreTrainedModel, MemoryGenerationMixin):
 
         `mtp_loss_weight`: the config's unless given. `skip_logits`: with labels, make and return no logits.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no argument: the Trainer would ask each batch for it
         check_arguments(kwargs, type(self).forward)
         targets = targets_of(
             labels, shift_labels, inputs_embeds if input_ids is None else input_ids, self.config.vocab_size

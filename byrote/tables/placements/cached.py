@@ -59,6 +59,7 @@ class CachedTable(Table):
         lambda self: self.base.identity, lambda self, identity: setattr(self.base, "identity", identity)
     )
     followers = property(lambda self: self.base.followers)
+    apart = property(lambda self: self.base.apart)  # type: ignore[assignment]
     writes = property(lambda self: self.base.writes)  # type: ignore[assignment]
 
     @torch.no_grad()

@@ -37,6 +37,8 @@ from byrote.tables.table import Followers, RowState, StateFields, Table, check_r
 class OverlayTable(Table):
     """`top` over `base`; ValueError where they belong to different address specs or shapes."""
 
+    apart = False
+
     def __init__(self, base: Table, top: SparseRows, *, writable: bool = False) -> None:
         for field in ("digest", "num_rows", "width"):
             if getattr(top, field) != getattr(base, field):

@@ -44,6 +44,7 @@ from byrote.tables.table import RowState, StateFields, Table, check_row_ids
 class ShardedTable(Table):
     """`part`: the rows of this rank, of `num_rows` in all."""
 
+    apart = False
     sharded = settled = True
 
     def __init__(self, part: RamTable | CopiedTable, num_rows: int, ranks: Ranks) -> None:
@@ -126,7 +127,7 @@ class ShardedTable(Table):
         if not rule.alone:
             raise ValueError(
                 f"{type(rule).__name__} balances rows with one another, of which a rank has its own only: "
-                "train sharded tables with row_rule 'adam' or 'adagrad'"
+                "train sharded tables with row_rule 'adam' or 'adagrad', not 'sinkhorn'"
             )
 
     @property

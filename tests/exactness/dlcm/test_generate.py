@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, pipeline
 
+from byrote.memory import MemoryState
 from tests.exactness.dlcm.conftest import DEEPSEEK, VARIANTS, build, full_forward, in_chunks
 
 TOKENS = 16
@@ -77,8 +78,8 @@ def near(model):
 def test_drafts(model, ids, monkeypatch):
     """Of a near model, of quite another, and of the prompt itself."""
     crops = []
-    crop = DynamicCache.crop
-    monkeypatch.setattr(DynamicCache, "crop", lambda self, tokens: (crops.append(tokens), crop(self, tokens))[-1])
+    crop = MemoryState.crop
+    monkeypatch.setattr(MemoryState, "crop", lambda self, tokens: (crops.append(tokens), crop(self, tokens))[-1])
     prompt = ids[:1].repeat(1, 2)
     expected = greedy_by_hand(model, prompt)
     for draft in (near(model), build(seed=5)):

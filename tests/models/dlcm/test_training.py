@@ -171,7 +171,7 @@ def test_balance_losses_belong_to_their_rows():
     model, ids = make(**FORMS["deepseek"]).train(), batch(3)
     boundaries = torch.zeros(3, 16, dtype=torch.bool)
     boundaries[1, 10:14] = True
-    cache = model(input_ids=ids[:, :8], boundaries=boundaries[:, :8]).past_key_values
+    cache = model(input_ids=ids[:, :8], boundaries=boundaries[:, :8], use_cache=True).past_key_values
     out = model.model(input_ids=ids[:, 8:], boundaries=boundaries[:, 8:], past_key_values=cache)
     assert out.balance_loss.shape == (3,) and out.balance_loss[1] > 0
     assert out.balance_loss[0] == out.balance_loss[2] == 0
