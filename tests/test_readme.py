@@ -70,7 +70,7 @@ def run(line: str, app: typer.Typer) -> None:
 def test_what_the_text_names_exists(page, app):
     """`make X` and `byrote X` in the running text, and links inside the repository."""
     text = FENCE.sub("", page.read_text("utf-8"))
-    verbs = {command.callback.__name__ for command in app.registered_commands}
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     verbs |= {group.name for group in app.registered_groups}
     for command, word in re.findall(r"`(make|byrote) ([\w-]+)", text):
         assert word in (TARGETS if command == "make" else verbs), f"{page.name}: `{command} {word}`"

@@ -154,8 +154,9 @@ class ConceptState(MemoryState):
 
     @property
     def recorded(self) -> int:
-        record = self.concept_record
-        return 0 if record is None else min(super().recorded, sum(part.shape[1] for part in record.states))
+        record = self.concept_record  # None of a model without concepts
+        most = super().recorded
+        return most if record is None else min(most, sum(part.shape[1] for part in record.states))
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -157,7 +157,7 @@ DAMAGE = {
     "another layer's table": (swap, "table-1.safetensors: num_rows is"),
     "older table": (
         lambda folder: save_older(folder),
-        "the backbone was saved at generation 3 of its table, the table is at 0",
+        "saved at generation 3 of its table, the table is at 0",
     ),
     "another seed's table": (lambda folder: save_other(folder), "table-1.safetensors: digest is"),
 }
