@@ -74,10 +74,15 @@ class MemoryGenerationMixin(GenerationMixin):
         return result
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
-        inputs = prepare(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        inputs = prepare(input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         embeds = inputs.get("inputs_embeds")
         if embeds is not None and input_ids.shape == embeds.shape[:2]:
             inputs["input_ids"] = input_ids  # transformers leaves them out; a memory is addressed by them
