@@ -6,6 +6,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # Threads that wait asleep: on a machine that is doing other things too, spinning ones cost ten times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Without byte code each of the many processes that the tests start compiles torch and transformers for itself: 20 s of
+# a start, not 7.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all hf-suite check gpu gpu-smoke clean
 
 demo: .venv/.installed

@@ -1,4 +1,5 @@
-"""Every command and every Python block of the README runs, in its order, in a folder of its own.
+"""Every command and every Python block of the README runs, in its order, in a folder of its own that shares
+the corpora with those of other pages.
 
 So do the fenced blocks of docs/*.md that follow a line `<!-- run -->`. A `byrote` command goes through the
 installed entry point; of a `make` command the target must exist. Any other command is a failure: it would go
@@ -33,11 +34,17 @@ def app() -> typer.Typer:
     return script.load()
 
 
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, corpora, monkeypatch) -> Path:
     """The parts of the repository that a command may name, and room for what it writes."""
     for name in ("recipes", "tests", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").symlink_to(corpora)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -92,29 +92,33 @@ class Trace:
         return torch.cat([rows[layer] for rows in self.rows], dim=1)
 
 
-@pytest.fixture(params=[True, False], ids=["convolution", "plain"])
-def convolution(request):
+SHAPES = {
+    "one_layer": {"layers": 1, "num_streams": 1, "modules": 1},
+    "two_layers": {"layers": 2, "num_streams": 1, "modules": 0},
+    "four_streams": {"layers": 2, "num_streams": 4, "modules": 2},
+}
+VARIANTS = [
+    # Two options of different kinds meet in one of those that are not slow.
+    pytest.param(
+        {"convolution": convolution, "moe": moe, **SHAPES[shape]},
+        id=f"{shape}-{'convolution' if convolution else 'plain'}-{'moe' if moe else 'dense'}",
+        marks=() if (convolution == moe) is (shape != "two_layers") else pytest.mark.slow,
+    )
+    for shape in SHAPES
+    for convolution in (True, False)
+    for moe in (True, False)
+]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """The options of `build` that `model` was made with."""
     return request.param
-
-
-@pytest.fixture(params=[True, False], ids=["moe", "dense"])
-def moe(request):
-    return request.param
-
-
-SHAPES = {"one_layer": (1, 1, 1), "two_layers": (2, 1, 0), "four_streams": (2, 4, 2)}
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request):
-    """Memory layers, streams, and modules of multi-token prediction."""
-    layers, num_streams, modules = SHAPES[request.param]
-    return {"layers": layers, "num_streams": num_streams, "modules": modules}
 
 
 @pytest.fixture
-def model(convolution, moe, shape):
-    return build(convolution=convolution, moe=moe, **shape)
+def model(variant):
+    return build(**variant)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from byrote.nn.router import Router, load, sequence_balance_loss
+from tests.processes import on_ranks
 
 D, E, K = 16, 8, 2
 
@@ -161,7 +162,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path):
     router = Router(D, E, K)
     batches = torch.randn(2, 3, 10, D)
     arguments = (router.weight.detach(), batches, str(tmp_path))
-    torch.multiprocessing.spawn(update_on_a_rank, arguments, nprocs=2)
+    on_ranks(update_on_a_rank, arguments, 2)
     ids, _, _ = router(batches.flatten(0, 1))
     router.record(load(ids, E))
     max_vio = router.update_bias(0.001)

@@ -1,9 +1,9 @@
-"""What the crash tests run in a subprocess: deterministic writes in a loop, to be killed at any moment.
+"""What the crash tests run in a process: deterministic writes in a loop, to be killed at any moment.
 
-python log_writer.py FOLDER STEPS: goes on from the last commit; the content after step s depends on s alone.
+It goes on from the last commit; the content after step s depends on s alone.
 """
 
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,7 @@ def content(log: RowLog) -> bytes:
     return found.tobytes() + records.tobytes()
 
 
-if __name__ == "__main__":
-    log = start(Path(sys.argv[1]))
-    print("ready", flush=True)
-    run(log, int(sys.argv[2]))
-    print("done", flush=True)
+def write_on(folder: Path, steps: int, tell: Connection) -> None:
+    log = start(folder)
+    tell.send("ready")
+    run(log, steps)

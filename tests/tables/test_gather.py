@@ -1,8 +1,5 @@
 """Compiled loops = their plain twins, to the bit; and what would read beyond an end is refused."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,8 +109,3 @@ def test_bad_arrays_are_refused(arguments):
 def test_records_of_another_width_are_refused():
     with pytest.raises(ValueError, match="records of 8 bytes hold no row of 8 values in int8"):
         gather.decode(RECORDS, IDS, CODECS["int8"], torch.zeros(4, 8))
-
-
-def test_importing_byrote_does_not_import_numba():
-    code = "import sys, byrote, byrote.tables, byrote.train; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,9 +4,9 @@ import errno
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from byrote.tables.files import reads
 from byrote.tables.log import disk, manifests
 from byrote.tables.log.log import RowLog
-from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run
-
-WRITER = Path(__file__).with_name("log_writer.py")
+from tests.processes import forked
+from tests.tables.log_writer import BYTES, ROWS, SMALL, change, content, run, write_on
 
 
 def create(folder: Path, **settings) -> RowLog:
@@ -120,21 +119,29 @@ def test_cold_and_warm_records_are_the_same_bytes(tmp_path, monkeypatch, residen
         log.read(twice)
 
 
+def writer(folder: Path, steps: int) -> tuple[BaseProcess, Connection]:
+    told, tell = forked.Pipe(duplex=False)
+    process = forked.Process(target=write_on, args=(folder, steps, tell))
+    process.start()
+    tell.close()
+    return process, told
+
+
 def kill_at_random(folder: Path, kills: int, steps: int) -> None:
     """Kill the writer `kills` times, each time after it came a little way; then let it finish."""
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WRITER), str(folder), str(steps)]
     rng = random.Random(0)
     for _ in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout and process.stdout.readline() == "ready\n"
+        process, told = writer(folder, steps)
+        assert told.recv() == "ready"
         time.sleep(rng.random() * 0.15)
         process.kill()
-        process.wait()
+        process.join()
         reader = RowLog.open(folder, lock=False)
         assert reader.generation < steps and content(reader) == state_after(reader.generation)
         reader.close()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    process, _ = writer(folder, steps)
+    process.join()
+    assert process.exitcode == 0
 
 
 def state_after(steps: int) -> bytes:

@@ -13,6 +13,7 @@ from byrote.tables import CODECS, RamTable
 from byrote.tables.placements.ranks import Ranks
 from byrote.tables.placements.sharded import ShardedTable
 from byrote.train.optimizer import Optimizer
+from tests.processes import on_ranks
 
 ROWS, WIDTH, DIGEST, STEPS = 101, 5, "d" * 64, 3  # 101 rows: no number of ranks divides them
 WANTED = {"num_rows": ROWS, "width": WIDTH, "digest": DIGEST}
@@ -177,7 +178,7 @@ def ranks(request, tmp_path_factory):
     touched = train(alone, range(STEPS))
     alone.save_pretrained(folder / "alone")
     alone.save_row_state(folder / "alone")
-    torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world)
+    on_ranks(worker, (world, str(folder)), world)
     results = [torch.load(folder / f"rank-{rank}.pt") for rank in range(world)]
     return results, folder, {"state": state_of(alone), "touched": touched}
 

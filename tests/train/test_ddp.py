@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from byrote import EngramConfig, EngramForCausalLM
 from byrote.train.muon import Muon
 from byrote.train.optimizer import Optimizer
+from tests.processes import on_ranks
 
 STEPS, WORLD, MEMORY_LAYERS = 3, 2, [1, 2]
 MUON = Muon(coefficients="jordan")  # hybrid enlarges singular values that are nothing but rounding more
@@ -103,7 +104,7 @@ JOBS = {"train": job_train, "muon": job_muon, "non_finite": job_non_finite, "not
 def ranks(tmp_path_factory) -> list[dict]:
     """What each job gave on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    on_ranks(worker, (str(folder),), WORLD)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from byrote import DLCMConfig, DLCMForCausalLM
+from tests.processes import on_ranks
 
 WORLD = 2
 
@@ -45,7 +46,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_find_the_gradient_of_one(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+    on_ranks(worker, (str(tmp_path),), WORLD)
     together = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(WORLD)]
     model = make()
     alone = gradients(model, model, slice(None), 1)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import multiprocessing
 import random
 import shutil
 import time
@@ -25,6 +24,7 @@ from byrote.train.file_tables import tables
 from byrote.train.metrics import read_metrics
 from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
+from tests.processes import forked
 
 STAGES = ["opening", "training", "saving", "committing", "committed", "collecting"]
 
@@ -168,13 +168,11 @@ def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, monkeypa
     settings = {"steps": 12 * kills + 40, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
     make_recipe(**settings).save(tmp_path / "recipe.json")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = multiprocessing.get_context("forkserver")  # its server imports once; what it forks has no threads
-    processes.set_forkserver_preload(["byrote.train.run"])
     rng, stages = random.Random(0), collections.Counter()
 
     def start() -> tuple[BaseProcess, Connection]:
-        told, tell = processes.Pipe(duplex=False)
-        process = processes.Process(
+        told, tell = forked.Pipe(duplex=False)
+        process = forked.Process(
             target=work, args=(tmp_path / "recipe.json", corpus / "prepared", tmp_path / "killed", tell)
         )
         process.start()

@@ -14,6 +14,7 @@ from byrote.train.checkpoint import latest
 from byrote.train.hf_callback import TableCallback
 from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
+from tests.processes import on_ranks
 
 WORLD = 2
 
@@ -55,7 +56,7 @@ def test_a_run_over_processes(corpus, make_recipe, tmp_path):
 
     def spawn(name: str, world: int, resume: bool) -> None:
         arguments = (str(tmp_path / "recipe.json"), str(data), str(tmp_path / name), world, resume)
-        torch.multiprocessing.spawn(worker, arguments, nprocs=world)
+        on_ranks(worker, arguments, world)
 
     spawn("sharded", WORLD, False)
     assert_close(latest(tmp_path / "sharded"), latest(tmp_path / "host"))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from byrote.cli.main import app
 from byrote.data.loader import Loader
 from byrote.data.packing import Packer, Tokens
 from byrote.data.prepare import prepare
@@ -20,11 +21,32 @@ from byrote.models.engram import EngramConfig, EngramForCausalLM
 from byrote.train.checkpoint import checkpoints, latest
 from byrote.train.evaluate import Validation, evaluate
 from byrote.train.metrics import read_metrics
+from byrote.train.recipe import Recipe
 from byrote.train.run import finish, make_trainer
 from byrote.train.trainer import Interrupted, Trainer
+from tests.processes import on_ranks
 
 # The number of threads is part of what makes a run bitwise reproducible.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def stopped_at_step_7(rank: int, recipe: str, data: str, folder: str) -> None:
+    """A run that gets Ctrl-C in its seventh step."""
+    torch.set_num_threads(1)
+
+    def report(record):
+        if record["step"] == 6 and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    loaded = Recipe.load(Path(recipe))
+    trainer = make_trainer(loaded, Path(folder), Path(data), prepare(loaded.data.options, Path(data)), report=report)
+    with pytest.raises(Interrupted, match="SIGINT after step 7"):
+        trainer.train()
+
+
+def whole(rank: int, recipe: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    app(["train", recipe, "--out", folder], standalone_mode=False)
 
 
 @pytest.fixture
@@ -120,28 +142,8 @@ def test_the_weight_of_the_modules_loss_follows_the_recipe(train, tmp_path, monk
 def test_ctrl_c_saves_and_the_resumed_run_equals_the_uninterrupted_one(train, make_recipe, corpus, tmp_path):
     train("straight")
     make_recipe().save(tmp_path / "recipe.json")
-    code = """
-import os, signal, sys
-from pathlib import Path
-from byrote.data.prepare import prepare
-from byrote.train.recipe import Recipe
-from byrote.train.run import make_trainer
-from byrote.train.trainer import Interrupted
-recipe, data = Recipe.load(Path(sys.argv[1])), Path(sys.argv[3])
-def report(record):
-    if record["step"] == 6 and "loss" in record:
-        os.kill(os.getpid(), signal.SIGINT)
-trainer = make_trainer(recipe, Path(sys.argv[2]), data, prepare(recipe.data.options, data), report=report)
-try:
-    trainer.train()
-except Interrupted as stop:
-    print(stop); sys.exit(130)
-"""
-    arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "stopped"), str(corpus / "prepared")]
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 130, done.stderr
-    assert "SIGINT after step 7" in done.stdout
+    arguments = (str(tmp_path / "recipe.json"), str(corpus / "prepared"), str(tmp_path / "stopped"))
+    on_ranks(stopped_at_step_7, arguments, 1)
     assert latest(tmp_path / "stopped").name == "step-000007"
     train("stopped", resume=True)
     assert weights(tmp_path / "straight") == weights(tmp_path / "stopped")
@@ -172,11 +174,11 @@ def test_two_processes_follow_the_single_process(make_recipe, corpus, tmp_path):
     # At 1e-8 Adam makes a step of gradients that are nothing but rounding, and that differs with the split.
     settings = {"steps": 3, "epsilon": 1e-4}
     make_recipe(**settings).save(tmp_path / "recipe.json")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    for name, start in {"one": [], "two": launcher}.items():  # both in processes of their own, which round alike
-        command = [sys.executable, *start, "-m", "byrote", "train", str(tmp_path / "recipe.json")]
-        done = subprocess.run([*command, "--out", tmp_path / name], capture_output=True, text=True, env=ONE_THREAD)
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "byrote"]
+    command += ["train", str(tmp_path / "recipe.json"), "--out", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(whole, (str(tmp_path / "recipe.json"), str(tmp_path / "one")), 1)  # likewise in a process of its own
     for (step, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=2e-6), step
     first, second = (load_file(latest(tmp_path / name) / "model.safetensors") for name in ("one", "two"))
