@@ -110,15 +110,22 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
     """The options of `build` that `model` was made with."""
     return request.param
 
 
-@pytest.fixture
-def model(variant):
+@pytest.fixture(scope="module")
+def built(variant):
     return build(**variant)
+
+
+@pytest.fixture
+def model(built):
+    torch.manual_seed(0)
+    yield built
+    built.zero_grad()
 
 
 @pytest.fixture

@@ -191,9 +191,16 @@ def state_of(cache):
     return cache.layers[-1]
 
 
-@pytest.fixture(params=[pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in VARIANTS])
-def model(request):
+@pytest.fixture(scope="module", params=[pytest.param(v, marks=pytest.mark.slow if v in SLOW else ()) for v in VARIANTS])
+def built(request):
     return build(**VARIANTS[request.param])
+
+
+@pytest.fixture
+def model(built):
+    torch.manual_seed(0)
+    yield built
+    built.zero_grad()
 
 
 @pytest.fixture
