@@ -2,14 +2,21 @@
 
 import warnings
 
+import pytest
 import torch
 
 from byrote.models.engram import EngramForCausalLM
-from byrote.train.guards import PATIENCE, TableWarning
+from byrote.train.guards import TableWarning
 from byrote.train.optimizer import Optimizer
 from tests.train.test_optimizer import make
 
 LENGTH = 16
+PATIENCE = 30
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("byrote.train.guards.PATIENCE", PATIENCE)
 
 
 def train(model: EngramForCausalLM, steps: int, spoil=None) -> list[str]:
