@@ -23,7 +23,7 @@ from byrote import EngramConfig, EngramForCausalLM
 from byrote.ops.dispatch import plain_twins
 
 # The loops that a step of so many streams takes.
-DECODING = {1: ("latent_attention", "mixture"), 4: ("latent_attention", "mixture", "connect")}
+DECODING = {1: ("mixture",), 4: ("mixture", "connect")}
 TRAINING = {4: ("connect",)}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 Times = dict[str, list[float]]
@@ -37,7 +38,7 @@ def take_turns(cases: dict[str, Callable[[], Any]], turns: int) -> Times:
     allocator is not its own.
     """
     times: Times = {name: [] for name in cases}
-    for _ in range(turns):
+    for _ in track(range(turns), f"{', '.join(cases)}: turns", console=Console(stderr=True), transient=True):
         for name, case in cases.items():
             case()
             _wait()

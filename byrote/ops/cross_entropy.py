@@ -23,8 +23,10 @@ from torch.nn import functional as F
 from byrote.ops.dispatch import matrix
 
 IGNORED = -100
-# Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products.
+# Logits of one chunk: on a CPU they should stay in its cache, a GPU wants large products. Of fewer tokens than FEWEST
+# the products wait for the weights: at d 768 and 32,000 tokens, chunks of 32 took 1.7 times as long as of 256.
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
+FEWEST = 256
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // len(weight))
+    rows = max(FEWEST, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // len(weight))
     return list(zip(hidden.split(rows), targets.split(rows), strict=True))
 
 

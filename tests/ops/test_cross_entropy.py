@@ -20,6 +20,7 @@ def inputs(tokens=50, width=12, vocabulary=40, dtype=torch.float32):
 def chunk(request, monkeypatch):
     """Chunks of 8 and 13 tokens, which do not divide 50, and one of all."""
     monkeypatch.setitem(loss.CHUNK, "cpu", request.param)
+    monkeypatch.setattr(loss, "FEWEST", 1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 77])
