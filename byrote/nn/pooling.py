@@ -52,6 +52,7 @@ class Formed:
     whole: bool = False
 
     @classmethod
+    @torch.compiler.disable
     def of(cls, boundaries: Tensor) -> Formed:
         rows, steps = boundaries.shape
         if steps == 1 and stepping(boundaries) and bool(boundaries.all()):
@@ -62,16 +63,19 @@ class Formed:
         before = counts.cumsum(0) - counts
         return cls(row, step, torch.arange(len(row), device=row.device) - before[row], counts)
 
+    @torch.compiler.disable
     def among(self, rows: Tensor) -> Formed:
         """The same, counted among `rows`: ascending, and all that form a concept are of them."""
         if self.whole:
             return self
         return Formed(torch.searchsorted(rows, self.row), self.step, self.rank, self.counts[rows])
 
+    @torch.compiler.disable
     def at(self, x: Tensor) -> Tensor:
         """x [B, T, ...] at the tokens where concepts form, [N, ...]."""
         return x[:, 0] if self.whole else x[self.row, self.step]
 
+    @torch.compiler.disable
     def pad(self, x: Tensor, empty: float = 0) -> Tensor:
         """x [N, ...] row by row, [B, M, ...], `empty` behind a row's last."""
         if self.whole:
@@ -81,6 +85,7 @@ class Formed:
         return padded.index_put((self.row, self.rank), x)
 
 
+@torch.compiler.disable
 def pool(
     h: Tensor,
     formed: Formed,
@@ -129,6 +134,7 @@ def _pool_one(h: Tensor, starts: Tensor, convention: Convention, waiting: tuple[
     return (total / count.clamp_min(1)[:, None]).to(h.dtype)
 
 
+@torch.compiler.disable
 def smooth(z: Tensor, p: Tensor, starts: Tensor, last: Tensor | None = None) -> Tensor:
     """y [B, M, d] of concepts z [B, M, d] with probabilities p [B, M]; `starts`: the first of a document.
 

@@ -40,6 +40,10 @@ class ConceptOutput(NamedTuple):
     balance_loss: Tensor | None
 
 
+# How many concepts there are is data: the parts between the blocks run as they are, and each block is one graph.
+glue = torch.compiler.disable(recursive=False)
+
+
 class ConceptStage(nn.Module):
     """Encoder states [B, T, d] -> what the decoder reads of the concepts [B, T, d], with boundaries (see above)."""
 
@@ -65,6 +69,7 @@ class ConceptStage(nn.Module):
             eps=eps,
         )
 
+    @glue
     def forward(
         self, h: Tensor, sequence: Sequence, state: ConceptState | None = None, forced: Tensor | None = None
     ) -> ConceptOutput:
@@ -101,6 +106,7 @@ class ConceptStage(nn.Module):
             boundaries = sequence.starts | (p >= self.config.boundary_threshold)
         return p, boundaries, query
 
+    @glue
     def _form(
         self, h: Tensor, formed: Formed, boundaries: Tensor, sequence: Sequence, state: ConceptState | None
     ) -> Tensor:
@@ -119,6 +125,7 @@ class ConceptStage(nn.Module):
             return concepts
         return torch.where(formed.at(sequence.starts)[:, None], self.beginning.to(concepts.dtype), concepts)
 
+    @glue
     def _think(
         self,
         h: Tensor,
@@ -150,6 +157,7 @@ class ConceptStage(nn.Module):
         here.keep("read", key, value)
         return _kept(state, sequence, here.most), balance
 
+    @glue
     def _transform(self, concepts: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
         """The blocks over padded concepts [R, M, d_c] of some rows. (z [R, M, d_c]; balance loss of all rows [B])"""
         sequence, mask = here.place(concepts.shape[1])
@@ -186,6 +194,7 @@ class Here:
     state: ConceptState | None
 
     @classmethod
+    @torch.compiler.disable
     def of(cls, formed: Formed, document: Tensor, position: Tensor, state: ConceptState | None) -> Here:
         if state is None:
             rows = torch.arange(len(formed.counts), device=document.device)
@@ -198,6 +207,7 @@ class Here:
         documents = state.read("document", rows, int(slots.max()) + 1)
         return cls(formed.among(rows), rows, slots, most, document, documents, state)
 
+    @torch.compiler.disable
     def place(self, most: int) -> tuple[Sequence, Tensor | None]:
         """Where the concepts, padded to [R, most], stand among those of their documents; and what each sees of
         `documents`, bool [R, 1, most, S], or None if it is all of them.
@@ -216,6 +226,7 @@ class Here:
         sequence = Sequence((sees.sum(dim=-1) - 1).clamp_min(0), alive, torch.zeros_like(alive), document)
         return sequence, (sees | ~alive[..., None]).unsqueeze(1)  # padding sees anything, to stay finite
 
+    @torch.compiler.disable
     def keep(self, name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A cache: keep keys and values [R, H, M, n] of the new concepts, and hand out all that these rows have."""
         assert self.state is not None
