@@ -61,6 +61,7 @@ def test_a_hole_is_a_table_of_zeros(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.slow
 def test_memory_is_that_of_two_processes(small, tmp_path):
     found = decode_bench.decode_memory(Options(quick=True, folder=tmp_path))
     assert found["table_bytes"] == 512 * 300 and not list(tmp_path.iterdir())

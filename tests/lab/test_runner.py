@@ -71,7 +71,7 @@ def test_from_the_command_line(settings, tmp_path, monkeypatch):
 
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint(settings, tmp_path):
     """One run of two is killed; the other is done; started again, the first ends as if nothing had been."""
-    longer = [*settings[:-1], "train.steps=100", "train.checkpoint_every=10"]
+    longer = [*settings[:-1], "train.steps=40", "train.checkpoint_every=10"]
     variants = plan([str(NANO)], [*longer, "model.hidden_size=64,72"])
     victim, other = cells(variants, 1, tmp_path / "lab")
 
@@ -90,20 +90,20 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint(settings, tmp_path):
     assert failures == {victim.name: "killed by signal 9; the same command goes on"}
     assert len((tmp_path / "lab/table.md").read_text().splitlines()) == 3
     before = [path.name for path in (victim.folder / "checkpoints").glob("step-*")]
-    assert before and "step-000100" not in before
+    assert before and "step-000040" not in before
     started = []
     results, failures = run_lab(
         variants, 1, tmp_path / "lab", keep=True, finished=lambda cell, result: started.append(cell.name)
     )
     assert not failures and started == [victim.name, other.name]
     steps = [json.loads(line)["step"] for line in (victim.folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 101), 100]
+    assert steps == [*range(1, 41), 40]
     whole, _ = run_lab(variants[:1], 1, tmp_path / "whole", keep=True)
     name = victim.variant.name
     assert {k: v for k, v in whole[name][0].items() if k != "seconds"} == {
         k: v for k, v in results[name][0].items() if k != "seconds"
     }
-    assert list((victim.folder / "checkpoints").glob("step-000100"))  # --keep
+    assert list((victim.folder / "checkpoints").glob("step-000040"))  # --keep
     # Killed after its last evaluation: that is made again, and comes to the same.
     (victim.folder / "done.json").unlink()
     run_cell(victim.folder, keep=False)

@@ -32,7 +32,7 @@ def check(codec, values):
 
 
 @codecs
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=ROWS)
 def test_any_finite_rows(codec, rows):
     check(codec, torch.tensor(rows))
