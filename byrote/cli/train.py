@@ -1,5 +1,6 @@
 """`byrote train`: a recipe, with overrides, in a run folder."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,9 @@ def train(
         _, result = train_recipe(Recipe.load(recipe, overrides or []), run, console, resume, checkpoint)
     except Interrupted as stop:
         if rank() == 0:
-            again = ["byrote", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"]
+            here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+            program = ["torchrun", f"--nproc-per-node={here}", "-m", "byrote"] if here != "1" else ["byrote"]
+            again = [*program, "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"]
             console.print(f"{stop}\nGo on with: {shlex.join(again)}", soft_wrap=True)
         raise typer.Exit(0 if stop.reason == BUDGET else 130) from None
     if rank() == 0:

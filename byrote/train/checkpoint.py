@@ -116,6 +116,17 @@ def load_training(checkpoint: Path, model: Any) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({what}); resume from another checkpoint") from error
 
 
+def corpus_of(checkpoint: Path) -> str:
+    """The fingerprint of the corpus that its run reads; "" of a checkpoint without a training state."""
+    path = checkpoint / "training.pt"
+    if not path.exists():
+        return ""
+    try:
+        return str(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loader"]["corpus"])
+    except (EOFError, KeyError, RuntimeError, UnpicklingError):
+        return ""
+
+
 def random_states() -> dict[str, Any]:
     """The global generators. byrote draws from explicit ones; a user's dropout or callback may not."""
     kind, keys, *rest = np.random.get_state()

@@ -28,7 +28,7 @@ from byrote.tables.placements.open import PLACEMENTS
 from byrote.tables.placements.pinned import check_gpu
 from byrote.train import file_tables, folder
 from byrote.train.allocator import keep_freed_memory
-from byrote.train.checkpoint import FOLDERS, sharded
+from byrote.train.checkpoint import FOLDERS, corpus_of, sharded
 from byrote.train.evaluate import Score, Validation, evaluate
 from byrote.train.metrics import plot_losses, read_metrics
 from byrote.train.muon import Muon
@@ -160,6 +160,8 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.get_vocab() != load_tokenizer(data / "tokenizer").get_vocab():
         raise ValueError(f"{data} was prepared with another tokenizer than that of {checkpoint}: prepare it again")
+    if corpus_of(checkpoint) not in ("", Tokens.open(data, "train").fingerprint):
+        console.print(f"{data} is not the text that the run was trained on: do not compare with its losses")
     model = _open(recipe, checkpoint, tokenizer)
     _place(model, recipe)
     change(model)

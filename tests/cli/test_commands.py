@@ -158,6 +158,19 @@ def test_eval_gives_the_loss_of_any_checkpoint(place, tmp_path):
     assert "holds no checkpoint yet" in run("eval", tmp_path, code=2)
 
 
+def test_eval_says_when_the_text_is_another(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(place / "data", tmp_path / "data")
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    recipe["data"]["folder"] = str(tmp_path / "data")
+    (tmp_path / "run/recipe.json").write_text(json.dumps(recipe))
+    assert "is not the text" not in run("eval", tmp_path / "run")
+    tokens = np.load(tmp_path / "data/train.tokens.npy")
+    tokens[[5, 6]] = tokens[[6, 5]]
+    np.save(tmp_path / "data/train.tokens.npy", tokens)
+    assert "is not the text that the run was trained on" in run("eval", tmp_path / "run").replace("\n", " ")
+
+
 def test_two_runs_in_one_picture(place, tmp_path):
     other = tmp_path / "run"
     shutil.copytree(place / "run", other, ignore=shutil.ignore_patterns("checkpoints"))
@@ -185,7 +198,7 @@ def test_the_version_and_what_is_drawn_from(place):
     assert "--greedy draws nothing" in run(*words, "--greedy", "--top-k", "3", code=2)
 
 
-def test_the_line_to_go_on_with_can_be_pasted(place, tmp_path):
+def test_the_line_to_go_on_with_can_be_pasted(place, tmp_path, monkeypatch):
     """A run with blanks, quotes and what rich takes for markup in its folder and its prompt stops and goes on."""
     out = tmp_path / "a run [/x] of :smile: 'mine'"
     settings_ = [*settings(place, max_seconds=1e-9, eval_every=0), "train.prompt=it's [red] 100 $"]
@@ -193,6 +206,12 @@ def test_the_line_to_go_on_with_can_be_pasted(place, tmp_path):
     assert "the time budget ended after step 2" in output
     again = shlex.split(output.split("Go on with: ")[1].splitlines()[0])
     assert again == ["byrote", "train", "nano", *settings_, "--out", str(out), "--resume"]
+    # As under torchrun: two processes on this machine.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "Go on with: torchrun --nproc-per-node=2 -m byrote train nano " in run(
+        "train", "nano", *settings_, "--out", tmp_path / "other"
+    )
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert "the time budget ended after step 4" in run(*again[1:])
     done = run(*again[1:])
     assert f"run folder: {out}" in done and (out / "result.json").exists()
