@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-# Threads that wait asleep: on a machine that is doing other things too, spinning ones cost ten times the run.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Tests share the cores with each other: a thread that waits must sleep. Elsewhere it must not, which halves the speed.
+test test-all check hf-suite: export OMP_WAIT_POLICY ?= PASSIVE
 
 # Without byte code each of the many processes that the tests start compiles torch and transformers for itself: 20 s of
 # a start, not 7.

@@ -94,7 +94,7 @@ class TableCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         found, run = _model(model), Path(str(args.output_dir))
-        reloaded = any(int(memory.generation) != memory.table.generation for memory in _memories(found))
+        reloaded = any(memory.difference(memory.table) for memory in _memories(found))
         if reloaded and state.best_model_checkpoint is not None:
             self._bring_back(found, [Path(state.best_model_checkpoint)])
         if self._from_files:

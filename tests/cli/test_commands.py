@@ -62,6 +62,7 @@ def settings(folder: Path, **train: object) -> list[str]:
         "corpus": f"files:{folder / 'texts.jsonl'}",
         "folder": str(folder / "data"),
         "vocab_size": 280,
+        "validation": 0.09,
         "length": 24,
     }
     return [f"train.{key}={value}" for key, value in values.items()] + [f"data.{k}={v}" for k, v in data.items()]

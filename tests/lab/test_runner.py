@@ -30,6 +30,7 @@ def settings(tmp_path_factory) -> list[str]:
     texts = [" ".join(rng.choice(WORDS, 40)) + f" {i}." for i in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"corpus": f"files:{folder}/texts.jsonl", "folder": folder / "data", "vocab_size": 280, "length": 24}
+    data["validation"] = 0.09
     train = {"batch_size": 4, "warmup": 2, "eval_every": 0, "log_every": 1, "steps": 6}
     return [f"data.{key}={value}" for key, value in data.items()] + [f"train.{k}={v}" for k, v in train.items()]
 
