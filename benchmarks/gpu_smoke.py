@@ -144,11 +144,12 @@ def placement(device: str) -> Iterator[Check]:
 def parts(options: argparse.Namespace) -> dict[str, list[str]]:
     """Each part's command line."""
     here, python = str(Path(__file__).resolve()), sys.executable
+    shape = "tiny" if options.quick else "small"
     measure = ["--device", options.device, "--dtype", "bfloat16", *(["--quick"] if options.quick else [])]
     made = {name: [python, here, "--part", name, "--device", options.device] for name in CHECKS}
     for name, extra in {
-        "training": ["--shape", "small", "--batch", "16", "--turns", "5"],
-        "decode": ["--shape", "small", "--turns", "5"],
+        "training": ["--shape", shape, "--batch", "16", "--turns", "5"],
+        "decode": ["--shape", shape, "--turns", "5"],
         "pinned": ["--billions", "8", "--turns", "3"],
     }.items():
         result = str(options.out / f"{name}.json")
