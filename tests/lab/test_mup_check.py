@@ -31,6 +31,7 @@ def test_what_cannot_be():
         Options(steps=0)
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path, monkeypatch):
     """On two widths and three stages, to be quick."""
     monkeypatch.setattr(mup_check, "FACTORS", (1, 4))

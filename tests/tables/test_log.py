@@ -154,7 +154,7 @@ def state_after(steps: int) -> bytes:
     return found.tobytes() + rows.tobytes()
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     kill_at_random(tmp_path, kills, 40 * kills)
     log = RowLog.open(tmp_path)

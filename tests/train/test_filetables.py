@@ -163,7 +163,7 @@ def killed_in(process: BaseProcess, told: Connection, rng: random.Random, first:
     return stage
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(train, make_recipe, corpus, tmp_path, monkeypatch, kills):
     settings = {"steps": 12 * kills + 40, "checkpoint_every": 1, "eval_every": 0, "placement": "file", "threads": 1}
     make_recipe(**settings).save(tmp_path / "recipe.json")

@@ -10,7 +10,7 @@ from tests.exactness.dlcm.conftest import DEEPSEEK, VARIANTS, build, full_forwar
 TOKENS = 16
 
 
-@pytest.fixture(params=["paper", "paper, rule", "memories, open", "deepseek"])
+@pytest.fixture(params=["paper", pytest.param("paper, rule", marks=pytest.mark.slow), "memories, open", "deepseek"])
 def model(request):
     return build(**VARIANTS[request.param])
 
