@@ -134,7 +134,7 @@ def make_trainer(
                 file_tables.resume(model, run, FOLDERS)
             else:
                 file_tables.begin(model, run, optimizer, FOLDERS)
-        loader, validation = _loader(recipe, data, model), _validation(recipe, data, meta)
+        loader, validation = _loader(recipe, data, model), validation_of(recipe, data, meta)
         trainer = Trainer(settings, model, optimizer, loader, validation, run, tokenizer, found, report, evaluating)
         if found and rank() == 0:
             folder.go_on(recipe, run, found)
@@ -160,13 +160,14 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.get_vocab() != load_tokenizer(data / "tokenizer").get_vocab():
         raise ValueError(f"{data} was prepared with another tokenizer than that of {checkpoint}: prepare it again")
-    if corpus_of(checkpoint) not in ("", Tokens.open(data, "train").fingerprint):
+    trained_on = corpus_of(checkpoint)
+    if trained_on and trained_on != Tokens.open(data, "train").fingerprint:  # which reads all of them
         console.print(f"{data} is not the text that the run was trained on: do not compare with its losses")
     model = _open(recipe, checkpoint, tokenizer)
     _place(model, recipe)
     change(model)
     with Live(console, checkpoint.name) as shown:
-        return evaluate(model, _validation(recipe, data, meta), recipe.train.precision, report=shown.evaluating)
+        return evaluate(model, validation_of(recipe, data, meta), recipe.train.precision, report=shown.evaluating)
 
 
 def _draw(recipe: Recipe, tokenizer: Any) -> Any:
@@ -207,7 +208,8 @@ def _loader(recipe: Recipe, data: Path, model: Any) -> Loader:
     return Loader(packer, settings.read_ahead, warm)
 
 
-def _validation(recipe: Recipe, data: Path, meta: dict[str, Any]) -> Validation:
+def validation_of(recipe: Recipe, data: Path, meta: dict[str, Any]) -> Validation:
+    """The validation text of a corpus that `prepare_data` gave, in the batches of training."""
     return Validation(
         Tokens.open(data, "validation"),
         meta["validation"]["bytes"],

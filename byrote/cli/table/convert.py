@@ -94,21 +94,14 @@ def _check(console: Console, before: Path, after: Path, run: Path) -> None:
 
 def _score(model_folder: Path, run: Path) -> Any:
     """Of the model in a folder, tables read in place, on the validation text of a run, as its training measured it."""
-    from byrote.data.packing import Tokens
-    from byrote.data.prepare import prepare
     from byrote.models.engram import EngramForCausalLM
-    from byrote.train.evaluate import Validation, evaluate
+    from byrote.train.evaluate import evaluate
     from byrote.train.recipe import Recipe
-    from byrote.train.run import data_folder
+    from byrote.train.run import prepare_data, validation_of
 
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is no run folder (it has no recipe.json): give the run whose text is to be measured")
     recipe = Recipe.load(run / "recipe.json")
-    folder = data_folder(recipe)
-    meta = prepare(recipe.data.options, folder)
-    size = recipe.train.micro_batch_size or recipe.train.batch_size
-    text = Tokens.open(folder, "validation")
-    validation = Validation(text, meta["validation"]["bytes"], size, recipe.data.length)
-    return evaluate(
-        EngramForCausalLM.from_pretrained(model_folder, placement="file"), validation, recipe.train.precision
-    )
+    validation = validation_of(recipe, *prepare_data(recipe, lambda what, done, total: None))
+    model = EngramForCausalLM.from_pretrained(model_folder, placement="file")
+    return evaluate(model, validation, recipe.train.precision)

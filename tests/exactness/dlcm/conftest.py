@@ -197,13 +197,6 @@ def built(request):
 
 
 @pytest.fixture
-def model(built):
-    torch.manual_seed(0)
-    yield built
-    built.zero_grad()
-
-
-@pytest.fixture
 def ids():
     """Three rows of 24 tokens with repeats, so that n-grams recur."""
     return torch.randint(3, 20, (3, LENGTH), generator=torch.Generator().manual_seed(7))
